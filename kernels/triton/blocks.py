@@ -1,0 +1,95 @@
+"""What the Triton kernels share: where a program works, and how a block of a span is read, rounded and checked.
+
+Values are the oracle's bit for bit, in Triton's interpreter and compiled, for which two things are written out:
+
+- a bfloat16 is read and written as its bits (``tl.uint16`` stands for it in ``DTYPES``) and converted by integer
+  shifts: the interpreter's own casts truncate, and widen subnormals wrongly (3.9). All other casts are IEEE in both;
+- magnitudes are compared as the integers that their bits are, where NaN is the largest: the interpreter's `tl.max`
+  skips NaN.
+"""
+
+# mypy: allow-untyped-defs
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _locate(pieces_ptr, piece_of_ptr, BLOCK: tl.constexpr):
+    """Return where this program works: row, first element, end of its piece, whether all spans are 16-byte aligned."""
+    program = tl.program_id(0).to(tl.int64)
+    piece_ptr = pieces_ptr + 4 * tl.load(piece_of_ptr + program).to(tl.int64)
+    start = tl.load(piece_ptr + 1) + program * BLOCK
+    return tl.load(piece_ptr), start, tl.load(piece_ptr + 2), tl.load(piece_ptr + 3) != 0
+
+
+@triton.jit
+def _pointers(address, start, DTYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Point at the block ``start`` elements behind ``address``. ``FULL`` promises alignment, for 16-byte accesses."""
+    first_ptr = (address + start * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
+    if FULL:
+        first_ptr = tl.multiple_of(first_ptr, 16)
+    return first_ptr + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _load(address, start, stop, DTYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Read a block, bfloat16 and float16 as float32, without a mask if ``FULL``: it would cost the wide accesses."""
+    x_ptr = _pointers(address, start, DTYPE, BLOCK, FULL)
+    x = tl.load(x_ptr) if FULL else tl.load(x_ptr, mask=tl.arange(0, BLOCK) < stop - start, other=0)
+    if DTYPE == tl.uint16:
+        x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.float16:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _odd_float32(x):
+    """Round float64 to float32 *to odd* (Boldo and Melquiond, 2008): rounded once more it is as if rounded once."""
+    near = x.to(tl.float32)
+    back = near.to(tl.float64)
+    bits = near.to(tl.uint32, bitcast=True)
+    bits = bits - (tl.abs(back) > tl.abs(x)).to(tl.uint32)
+    bits = bits | ((back != x) & (x == x)).to(tl.uint32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    """Round to nearest even, once."""
+    if x.dtype == tl.float64 and DTYPE.primitive_bitwidth == 16:
+        x = _odd_float32(x)
+    if DTYPE == tl.uint16:
+        bits = x.to(tl.uint32, bitcast=True)
+        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        even = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, even)
+        narrow = (even >> 16).to(tl.uint16)
+    else:
+        narrow = x.to(DTYPE)
+    return narrow
+
+
+@triton.jit
+def _largest(x):
+    """Return the largest magnitude as bits, int32 or int64: larger than those of infinity if there is a NaN."""
+    if x.dtype == tl.float64:
+        top = tl.max(x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF, axis=0)
+    elif x.dtype == tl.float32:
+        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    else:
+        top = tl.max(x.to(tl.uint16, bitcast=True).to(tl.int32) & 0x7FFF, axis=0)
+    return top
+
+
+@triton.jit
+def _any_nonfinite(x):
+    """Tell whether there is a NaN or an infinity in a block as it is written."""
+    if x.dtype == tl.float64:
+        infinity = 0x7FF0000000000000
+    elif x.dtype == tl.float32:
+        infinity = 0x7F800000
+    elif x.dtype == tl.float16:
+        infinity = 0x7C00
+    else:
+        infinity = 0x7F80
+    return _largest(x) >= infinity

@@ -1,0 +1,134 @@
+"""The Triton kernels. A program finds its row, and the addresses of its spans, in tables: one launch for all rows.
+
+A block that is whole and 16-byte aligned is worked on without a mask, which makes every access 16 bytes wide. A mask,
+or an unaligned span, would make the compiler read two bytes at a time.
+"""
+
+# mypy: allow-untyped-defs
+import triton
+import triton.language as tl
+
+from mergekit_cl.kernels.triton.blocks import _any_nonfinite, _largest, _load, _locate, _narrow, _pointers
+
+
+@triton.jit
+def _weighted_sum_block(
+    spans_ptr, weights_ptr, nonfinite_ptr, start, stop,
+    DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    FIRST: tl.constexpr = 1 if ABOUT else 0
+    OUT: tl.constexpr = len(DTYPES) - 1
+    COMPUTE: tl.constexpr = weights_ptr.dtype.element_ty
+    if ABOUT:
+        ref = _load(tl.load(spans_ptr), start, stop, DTYPES[0], BLOCK, FULL).to(COMPUTE)
+        total = tl.zeros([BLOCK], COMPUTE)  # from +0: keeps the sign of a zero reference
+    for k in tl.static_range(OUT - FIRST):
+        x = _load(tl.load(spans_ptr + FIRST + k), start, stop, DTYPES[FIRST + k], BLOCK, FULL).to(COMPUTE)
+        weight = tl.load(weights_ptr + k)
+        if ABOUT:
+            # inf - inf is NaN, but models that agree keep what they have
+            total += tl.where(ref == x, 0.0, ref - x) * weight
+        elif k == 0:
+            total = x * weight  # what -0 + x * weight is; tl.full(..., -0.0) makes +0
+        else:
+            total += x * weight
+    if ABOUT:
+        total = ref - total
+    out = _narrow(total, DTYPES[OUT])
+    out_ptr = _pointers(tl.load(spans_ptr + OUT), start, DTYPES[OUT], BLOCK, FULL)
+    if FULL:
+        tl.store(out_ptr, out)
+    else:
+        tl.store(out_ptr, out, mask=tl.arange(0, BLOCK) < stop - start)
+    if _any_nonfinite(out):
+        tl.store(nonfinite_ptr, 1)
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    addresses_ptr, pieces_ptr, piece_of_ptr, nonfinite_ptr, weights_ptr,
+    DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
+    spans_ptr = addresses_ptr + row * len(DTYPES)
+    row_weights_ptr = weights_ptr + row * (len(DTYPES) - (2 if ABOUT else 1))
+    if aligned & (start + BLOCK <= stop):
+        _weighted_sum_block(spans_ptr, row_weights_ptr, nonfinite_ptr + row, start, stop, DTYPES, ABOUT, BLOCK, True)
+    else:
+        _weighted_sum_block(spans_ptr, row_weights_ptr, nonfinite_ptr + row, start, stop, DTYPES, ABOUT, BLOCK, False)
+
+
+@triton.jit
+def _largest_magnitude_block(
+    spans_ptr, largest_ptr, start, stop, DTYPES: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    for k in tl.static_range(len(DTYPES)):
+        x = _load(tl.load(spans_ptr + k), start, stop, DTYPES[k], BLOCK, FULL)
+        if x.dtype == tl.float64:
+            top = _largest(x)
+        else:
+            top = _largest(x).to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
+        # Thousands of programs share a row: look first (past the first-level cache), most have nothing to add
+        if top > tl.load(largest_ptr + k, cache_modifier=".cg"):
+            tl.atomic_max(largest_ptr + k, top, sem="relaxed")
+
+
+@triton.jit
+def _largest_magnitude_kernel(
+    addresses_ptr, pieces_ptr, piece_of_ptr, largest_ptr, DTYPES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
+    spans_ptr = addresses_ptr + row * len(DTYPES)
+    row_largest_ptr = largest_ptr + row * len(DTYPES)
+    if aligned & (start + BLOCK <= stop):
+        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, True)
+    else:
+        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, False)
+
+
+@triton.jit
+def _gram_block(
+    spans_ptr, sums_ptr, start, stop, COMPUTE: tl.constexpr,
+    DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Sum the pairs (0, 0), (1, 0), (1, 1), (2, 0), ... of columns over a block, tile by tile."""
+    FIRST: tl.constexpr = 1 if ABOUT else 0
+    COUNT: tl.constexpr = len(DTYPES) - FIRST
+    pair = tl.arange(0, PAIRS)
+    sums = tl.zeros([PAIRS], tl.float64)
+    for offset in range(0, BLOCK, TILE):
+        tile = start + offset
+        if tile < stop:
+            if ABOUT:
+                ref = _load(tl.load(spans_ptr), tile, stop, DTYPES[0], TILE, FULL).to(COMPUTE)
+            for p in tl.static_range(COUNT):
+                x = _load(tl.load(spans_ptr + FIRST + p), tile, stop, DTYPES[FIRST + p], TILE, FULL).to(COMPUTE)
+                if ABOUT:
+                    x = x - ref
+                x = x.to(tl.float64)
+                for q in tl.static_range(p + 1):
+                    if q == p:
+                        y = x
+                    else:  # written as a second read, but the compiler merges the two
+                        y = _load(tl.load(spans_ptr + FIRST + q), tile, stop, DTYPES[FIRST + q], TILE, FULL).to(COMPUTE)
+                        if ABOUT:
+                            y = y - ref
+                        y = y.to(tl.float64)
+                    sums += tl.where(pair == p * (p + 1) // 2 + q, tl.sum(x * y, axis=0), 0.0)
+    tl.store(sums_ptr + pair, sums, mask=pair < COUNT * (COUNT + 1) // 2)
+
+
+@triton.jit
+def _gram_kernel(
+    addresses_ptr, pieces_ptr, piece_of_ptr, sums_ptr, COMPUTE: tl.constexpr,
+    DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
+    spans_ptr = addresses_ptr + row * len(DTYPES)
+    COUNT: tl.constexpr = len(DTYPES) - (1 if ABOUT else 0)
+    block_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * (COUNT * (COUNT + 1) // 2)
+    if aligned & (start + BLOCK <= stop):
+        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, True)
+    else:
+        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, False)

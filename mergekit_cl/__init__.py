@@ -1,0 +1,31 @@
+"""mergekit_cl: merging the weights of models, trained or still training.
+
+``merge`` merges models of any framework; ``method`` registers a merge method of your own; ``methods()`` lists them all.
+`mergekit_cl.adapters` brings merging into training loops.
+"""
+
+from mergekit_cl import merge_methods as _registers_the_built_in_methods  # noqa: F401
+from mergekit_cl.api import merge
+from mergekit_cl.errors import BackendError, MergeError, MismatchError, NonFiniteError, UnknownNameError
+from mergekit_cl.registry import Between, Fraction, PerModel, each, method, methods
+from mergekit_cl.steps import Gram, Scope, Steps, Sum
+
+__all__ = [
+    "BackendError",
+    "Between",
+    "Fraction",
+    "Gram",
+    "MergeError",
+    "MismatchError",
+    "NonFiniteError",
+    "PerModel",
+    "Scope",
+    "Steps",
+    "Sum",
+    "UnknownNameError",
+    "each",
+    "merge",
+    "method",
+    "methods",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,42 @@
+"""What a model consists of, without its data: the name, shape and dtype of each tensor, and which of them are one tensor."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a model.
+
+    ``storage`` is equal for names that share all their memory (tied tensors); ``None`` where nothing can be shared.
+    ``device`` is "cpu", or the name that the tensor's framework gives its device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str = "cpu"
+    storage: Hashable = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+Layout: TypeAlias = Mapping[str, Entry]
+"""The tensors of a model by name, in the model's own order."""
+
+
+def ties(layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Group the names that share their memory, by name; a tensor that is not tied is alone in its group.
+
+    >>> ties({"a": Entry("a", (2,), "float32", storage=7), "b": Entry("b", (2,), "float32", storage=7)})
+    {'a': ('a', 'b'), 'b': ('a', 'b')}
+    """
+    groups: dict[Hashable, list[str]] = {}
+    for entry in layout.values():
+        groups.setdefault(entry.name if entry.storage is None else (entry.storage,), []).append(entry.name)
+    return {name: tuple(group) for group in groups.values() for name in group}

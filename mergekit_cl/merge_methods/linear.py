@@ -1,0 +1,27 @@
+"""The weighted average of models (Model soups, Wortsman et al., 2022)."""
+
+from math import fsum
+
+from mergekit_cl.errors import MergeError
+from mergekit_cl.registry import PerModel, each, method
+from mergekit_cl.steps import Scope, Sum
+
+
+@method(paper="https://arxiv.org/abs/2203.05482")
+def linear(scope: Scope, *, weight: PerModel[float] = each(1.0), normalize: bool = True) -> Sum:
+    """Average the models: ``sum(weight_k * x_k) / sum(weight_k)``; without normalize the plain weighted sum.
+
+    >>> from mergekit_cl import merge
+    >>> merge([np.float32([1, 2]), np.float32([3, 2])], method="linear", weight=[3, 1])
+    array([1.5, 2. ], dtype=float32)
+    """
+    return Sum(normalized(weight) if normalize else weight)
+
+
+def normalized(weights: PerModel[float]) -> list[float]:
+    """Scale weights so that they add up to one."""
+    total = fsum(weights)
+    if abs(total) <= 1e-12 * fsum(map(abs, weights)):
+        raise MergeError(f"weight={list(weights)}: the weights sum to zero and cannot be normalised; "
+                         "change them, or pass normalize=False")
+    return [weight / total for weight in weights]

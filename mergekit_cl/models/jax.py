@@ -1,0 +1,87 @@
+"""JAX arrays as leaves, and JAX pytrees (Flax parameters, ``nnx.State``) as models."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy
+import numpy as np
+
+from mergekit_cl.dtypes import check_mergeable, dtype_name, type_of
+from mergekit_cl.errors import MergeError
+from mergekit_cl.kernels import Span
+from mergekit_cl.layout import Entry
+
+
+def owns(value: object) -> bool:
+    """See `mergekit_cl.models.Library`, also for the functions below."""
+    return isinstance(value, jax.Array)
+
+
+def describe(leaf: jax.Array, name: str) -> Entry:  # noqa: D103
+    if isinstance(leaf, jax.core.Tracer):
+        raise MergeError("a traced array has no memory; call merge outside jax.jit")
+    if leaf.is_deleted():
+        raise MergeError("the array was deleted or donated; merge before it is, or copy it")
+    dtype = "uint32" if _is_key(leaf) else dtype_name(leaf.dtype)
+    check_mergeable(dtype, "JAX array")
+    return Entry(name, _data(leaf).shape, dtype, _device(leaf), ("jax", id(leaf)))
+
+
+def memory(leaf: jax.Array) -> tuple[int, int]:  # noqa: D103
+    return 0, 0
+
+
+def span(leaf: jax.Array) -> Span:  # noqa: D103
+    if _device(leaf) != "cpu":
+        import torch
+
+        return torch.from_dlpack(_data(leaf)).reshape(-1)
+    return np.asarray(_data(leaf)).reshape(-1)
+
+
+def empty(leaf: jax.Array, dtype: str) -> Span:  # noqa: D103
+    if _device(leaf) != "cpu":
+        import torch
+
+        return torch.empty(_data(leaf).size, dtype=getattr(torch, dtype), device=_device(leaf))
+    return np.empty(_data(leaf).size, type_of.get(dtype, dtype))
+
+
+def build(span: Span, leaf: jax.Array) -> jax.Array:  # noqa: D103
+    data = _data(leaf)
+    array = jax.numpy.from_dlpack(span) if _device(leaf) != "cpu" else span
+    array = jax.device_put(array.reshape(data.shape), data.sharding)
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
+
+
+def writable(leaf: jax.Array) -> Span | None:  # noqa: D103
+    raise MergeError("JAX arrays cannot be written in place; leave out= away and use the result")
+
+
+def written(leaf: jax.Array, span: Span | None) -> None:  # noqa: D103
+    raise AssertionError("unreachable: writable() refuses JAX arrays")
+
+
+def flatten(tree: Any) -> tuple[dict[str, jax.Array], Callable[[Mapping[str, Any]], Any]]:
+    """Take a pytree apart into named arrays and a function that puts others in their place; no arrays, no model."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    if len(leaves) < len(paths) or not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves.values()):
+        return {}, lambda _: None
+    return leaves, lambda new: jax.tree_util.tree_unflatten(structure, [new[name] for name in leaves])
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _data(leaf: jax.Array) -> jax.Array:
+    """Return the integers inside a typed random key, or the array itself."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _device(leaf: jax.Array) -> str:
+    """Name the device as torch does: "cpu", "cuda:1"."""
+    device = next(iter(leaf.devices()))
+    return "cpu" if device.platform == "cpu" else f"cuda:{device.local_hardware_id or 0}"

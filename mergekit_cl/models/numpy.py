@@ -1,0 +1,50 @@
+"""NumPy arrays (and scalars) as leaves; bfloat16 is ``ml_dtypes.bfloat16``."""
+
+import numpy as np
+
+from mergekit_cl.dtypes import check_mergeable, type_of
+from mergekit_cl.errors import MergeError
+from mergekit_cl.kernels import Array, Span
+from mergekit_cl.layout import Entry
+
+
+def owns(value: object) -> bool:
+    """See `mergekit_cl.models.Library`, also for the functions below."""
+    return isinstance(value, np.ndarray | np.generic)
+
+
+def describe(leaf: Array, name: str) -> Entry:  # noqa: D103
+    leaf = np.asarray(leaf)
+    dtype = leaf.dtype.name
+    check_mergeable(dtype, "NumPy array")
+    storage = (leaf.ctypes.data, leaf.shape, leaf.strides, dtype) if leaf.size else None
+    return Entry(name, leaf.shape, dtype, "cpu", storage)
+
+
+def memory(leaf: Array) -> tuple[int, int]:  # noqa: D103
+    return np.lib.array_utils.byte_bounds(leaf) if np.size(leaf) else (0, 0)
+
+
+def span(leaf: Array) -> Span:  # noqa: D103
+    leaf = np.asarray(leaf)
+    return np.ascontiguousarray(leaf, leaf.dtype.newbyteorder("=")).reshape(-1)
+
+
+def empty(leaf: Array, dtype: str) -> Span:  # noqa: D103
+    return np.empty(np.size(leaf), type_of.get(dtype, dtype))
+
+
+def build(span: Span, leaf: Array) -> Array:  # noqa: D103
+    array: Array = span.reshape(np.shape(leaf))
+    return array
+
+
+def writable(leaf: Array) -> Span | None:  # noqa: D103
+    if not isinstance(leaf, np.ndarray) or not leaf.flags.writeable:
+        raise MergeError("the array is read-only; pass out= arrays that can be written")
+    return leaf.reshape(-1) if leaf.flags.c_contiguous and leaf.dtype.isnative else None
+
+
+def written(leaf: Array, span: Span | None) -> None:  # noqa: D103
+    if span is not None:
+        leaf[...] = span.reshape(leaf.shape)

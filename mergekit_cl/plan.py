@@ -1,0 +1,202 @@
+"""Aligns models, resolves parameters, and checks everything that can be checked before a byte of data is read."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from mergekit_cl.dtypes import EXACT
+from mergekit_cl.errors import MergeError, MismatchError, listing
+from mergekit_cl.layout import Entry, ties
+from mergekit_cl.models import Leaf, Library, Model, library_of, tensor
+from mergekit_cl.registry import Method
+from mergekit_cl.steps import Scope
+
+ScopeKind = Literal["tensor", "model"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to merge, under all the names that are tied to it; the data is read through ``leaves``.
+
+    ``leaves`` are its arrays in the inputs of the plan (models, then the base); ``like`` is the array that the result
+    resembles, or, where ``in_place``, the array that it is written into.
+    """
+
+    names: tuple[str, ...]
+    dtype: str
+    leaves: tuple[Leaf, ...]
+    like: Leaf
+
+    @property
+    def name(self) -> str:
+        """The first of the names."""
+        return self.names[0]
+
+    @property
+    def library(self) -> Library:
+        """The library of the array that the result resembles."""
+        library = library_of(self.like)
+        assert library is not None
+        return library
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, ready to run: nothing in it depends on the data.
+
+    ``labels`` say what to call each input in messages: the models, then the base (where there is one). ``in_place`` says that
+    results go into tensors that exist already, ``check_first`` that these must not be touched if anything is wrong.
+    """
+
+    method: Method
+    parameters: Mapping[str, Any]
+    scopes: tuple[tuple[Scope, tuple[Item, ...]], ...]
+    exact: tuple[Item, ...]
+    labels: tuple[str, ...]
+    models: int
+    device: str
+    in_place: bool
+    check_first: bool
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """All tensors of the merge."""
+        return (*(item for _, group in self.scopes for item in group), *self.exact)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the last input is the base."""
+        return len(self.labels) > self.models
+
+
+def plan(
+    method: Method,
+    models: Sequence[Model],
+    base: Model | None,
+    target: Model,
+    *,
+    parameters: Mapping[str, object],
+    labels: Sequence[str],
+    out_dtype: str | None = None,
+    in_place: bool = False,
+    check_first: bool = False,
+    seed: int = 0,
+) -> Plan:
+    """Plan a merge of opened models.
+
+    Args:
+        method: The merge method.
+        models: The models, in their order; all have the same tensors.
+        base: The base, where the method has one.
+        target: The model that the result resembles (then it is one of the models), or is written into.
+        parameters: What the user gave for the method, ``scope`` included.
+        labels: What to call the models, and then the base, in messages.
+        out_dtype: The dtype of all floating results; ``None`` for that of the target's tensors.
+        in_place: Whether to write into the target's tensors.
+        check_first: Whether the target is the user's own, so that nothing may be written before all is checked.
+        seed: For methods with random masks.
+
+    Raises:
+        MismatchError: Names, shapes, devices, kinds of dtype or ties differ. One message lists all problems.
+        MergeError: A parameter is missing, unknown or out of range, or memory of the output overlaps an input.
+
+    """
+    given = dict(parameters)
+    kind = given.pop("scope", "tensor") if method.surveys else "tensor"
+    if kind not in get_args(ScopeKind):
+        raise MergeError(f'{method.name}: scope={kind!r}: must be "tensor" or "model"')
+    inputs = [*models, base] if base is not None else list(models)
+    device = _check_alignment(inputs, target, labels)
+    items = _items(inputs, target)
+    if in_place:
+        _check_target(items, target)
+    if check_first:
+        _check_overlap(items, labels)
+    exact = tuple(item for item in items if item.dtype in EXACT)
+    floating = [item for item in items if item.dtype not in EXACT]
+    if out_dtype is not None and not in_place:
+        floating = [Item(item.names, out_dtype, item.leaves, item.like) for item in floating]
+    groups = [(item,) for item in floating] if kind == "tensor" else [tuple(floating)] if floating else []
+    scopes = tuple(
+        (Scope(tuple(name for item in group for name in item.names), len(models), base is not None, seed), group)
+        for group in groups
+    )
+    resolved = method.resolve(given, len(models))
+    return Plan(method, resolved, scopes, exact, tuple(labels), len(models), device, in_place, check_first)
+
+
+def _check_alignment(inputs: Sequence[Model], target: Model, labels: Sequence[str]) -> str:
+    """Check that all inputs and the target have the same tensors, on one device; return that device."""
+    first = inputs[0].layout
+    problems = []
+    for model, label in zip([*inputs[1:], target], [*labels[1:], "out"], strict=True):
+        problems += [f"{label} lacks {tensor(name)}, which {labels[0]} has" for name in first if name not in model.layout]
+        problems += [f"{label} has {tensor(name)}, which {labels[0]} lacks" for name in model.layout if name not in first]
+        problems += [
+            f"{label}, {tensor(name)}: {fault}"
+            for name, entry in model.layout.items()
+            if name in first and (fault := _difference(entry, first[name], labels[0]))
+        ]
+    if problems:
+        raise MismatchError(listing(problems))
+    devices = {entry.device: name for name, entry in first.items()}
+    if len(devices) > 1:
+        (one, name), (other, other_name), *_ = devices.items()
+        raise MismatchError(f'{labels[0]}: "{name}" is on {one}, but "{other_name}" on {other}; move the model to one device')
+    return next(iter(devices), "cpu")
+
+
+def _difference(entry: Entry, other: Entry, label: str) -> str:
+    if entry.shape != other.shape:
+        return f"shape {entry.shape}, but {label} has {other.shape}; only models of the same architecture can be merged"
+    if entry.device != other.device:
+        return f"on {entry.device}, but {label} is on {other.device}; move all models to one device"
+    if (entry.dtype in EXACT) != (other.dtype in EXACT):
+        return f"dtype {entry.dtype}, but {label} has {other.dtype}; integers cannot be merged with floating numbers"
+    return ""
+
+
+def _items(inputs: Sequence[Model], target: Model) -> list[Item]:
+    """List the tensors of a merge. Names that are tied in every input are one tensor."""
+    groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    tied = [ties(model.layout) for model in inputs]
+    for name in target.layout:
+        groups.setdefault(tuple(group[name] for group in tied), []).append(name)
+    return [
+        Item(tuple(names), target.layout[names[0]].dtype, tuple(m.leaves[names[0]] for m in inputs), target.leaves[names[0]])
+        for names in groups.values()
+    ]
+
+
+def _check_target(items: Sequence[Item], target: Model) -> None:
+    """Refuse a target whose tied tensors would have to take two results."""
+    result_of = {name: item for item in items for name in item.names}
+    for group in ties(target.layout).values():
+        apart = [name for name in group if result_of[name] is not result_of[group[0]]]
+        if apart:
+            raise MismatchError(f'"{group[0]}" and "{apart[0]}" are tied in the result, but not in every model; tie them in '
+                                "all models, or merge state dicts in which they are not tied")  # fmt: skip
+    for item in items:
+        item.library.writable(item.like)
+
+
+def _check_overlap(items: Sequence[Item], labels: Sequence[str]) -> None:
+    """Refuse an output that shares part of its memory with an input, or all of it with another tensor's input."""
+    outputs = sorted((*item.library.memory(item.like), index) for index, item in enumerate(items))
+    starts = [start for start, _, _ in outputs]
+    longest = max((stop - start for start, stop, _ in outputs), default=0)
+
+    def hits(start: int, stop: int) -> list[int]:
+        low, high = bisect_left(starts, start - longest), bisect_left(starts, stop)
+        return [index for begin, end, index in outputs[low:high] if begin < stop and start < end]
+
+    for index, item in enumerate(items):
+        for leaf, label in zip((*item.leaves, item.like), (*labels, "out"), strict=True):
+            library = library_of(leaf)
+            assert library is not None
+            for hit in hits(*library.memory(leaf)):
+                same = library.describe(leaf, "").storage == items[hit].library.describe(items[hit].like, "").storage
+                if hit != index or not same:
+                    raise MergeError(f"{label}, {tensor(item.name)}: shares part of its memory with the output "
+                                     f"{tensor(items[hit].name)}; write into the whole tensor itself, or into memory of its own")

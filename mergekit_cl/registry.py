@@ -1,0 +1,255 @@
+"""The table of merge methods: ``@method`` reads a function's signature and docstring, and that is all a method needs.
+
+A method is a function of a `Scope` and keyword-only parameters. It touches no data: it returns a step, or yields surveys
+and then returns a step (see `mergekit_cl.steps`). Parameters are annotated ``float``, ``int``, ``bool`` or ``Literal[...]``,
+with their range in ``Annotated`` (``Annotated[float, Between(0, 1)]``, short `Fraction`), and as ``PerModel[...]`` where
+each model has its own value.
+"""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+
+from mergekit_cl.errors import MergeError, unknown
+from mergekit_cl.steps import Scope
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Between:
+    """The closed range of a number, as written in ``Annotated[float, Between(0, 1)]``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        low, high = (
+            f"{'[' if math.isfinite(self.low) else '('}{self.low:g}",
+            f"{self.high:g}{']' if math.isfinite(self.high) else ')'}",
+        )
+        return f"{low}, {high}"
+
+
+class _PerModel:
+    """Marks a parameter that has one value for each model."""
+
+
+PerModel: TypeAlias = Annotated[tuple[T, ...], _PerModel()]
+"""A parameter with one value per model. A caller gives a number for all models, or a list in the order of the models."""
+
+Fraction: TypeAlias = Annotated[float, Between(0, 1)]
+"""A number in [0, 1]."""
+
+
+class _Each(tuple[T, ...]):
+    """A default that holds for each model, however many there are."""
+
+
+def each(value: T) -> tuple[T, ...]:
+    """Make a default for a ``PerModel`` parameter: the same value for every model."""
+    return _Each((value,))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method, as read from its signature."""
+
+    name: str
+    type: type
+    per_model: bool = False
+    range: Between | None = None
+    choices: tuple[Any, ...] = ()
+    default: Any = inspect.Parameter.empty
+
+    @property
+    def required(self) -> bool:
+        """Whether the parameter has no default."""
+        return self.default is inspect.Parameter.empty
+
+    def __str__(self) -> str:
+        """Show the parameter as documentation does: ``beta=0.5 in [0, 1]``."""
+        default = self.default[0] if isinstance(self.default, _Each) else self.default
+        text = self.name if self.required else f"{self.name}={default!r}"
+        if self.choices:
+            text += f" of {', '.join(map(repr, self.choices))}"
+        elif self.range is not None:
+            text += f" in {self.range}"
+        return f"{text} (per model)" if self.per_model else text
+
+    def check(self, value: object, where: str) -> Any:
+        """Return one value in the parameter's type; an error where it is of another type, or out of range."""
+        if self.choices:
+            if value not in self.choices:
+                raise MergeError(f"{where} {self.name}={value!r}: must be one of {', '.join(map(repr, self.choices))}")
+            return value
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise MergeError(f"{where} {self.name}={value!r}: must be True or False")
+            return value
+        expected = numbers.Integral if self.type is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, expected):
+            raise MergeError(f"{where} {self.name}={value!r}: must be {'an integer' if self.type is int else 'a number'}")
+        number = self.type(value)
+        if not math.isfinite(number) or (self.range is not None and number not in self.range):
+            limits = f"in {self.range}" if self.range is not None else "finite"
+            raise MergeError(f"{where} {self.name}={value!r}: must be {limits}")
+        return number
+
+    def resolve(self, value: object, models: int, where: str) -> Any:
+        """Return the value that the method is called with: checked, and for a per-model parameter a tuple."""
+        if not self.per_model:
+            return self.check(value, where)
+        if isinstance(value, _Each):
+            value = value[0]
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            if getattr(value, "ndim", 0):
+                value = list(value)  # type: ignore[call-overload]  # an array of numbers
+            else:
+                return (self.check(value, where),) * models
+        if len(value) != models:
+            raise MergeError(f"{where} {self.name}={value!r}: {len(value)} values for {models} models; give one number for "
+                             "all of them, or a list with one for each, in their order")
+        return tuple(self.check(item, f"{where} model {index}:") for index, item in enumerate(value))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered merge method. Calling it calls the function."""
+
+    name: str
+    function: Callable[..., Any]
+    parameters: Mapping[str, Parameter]
+    base: Literal["required", "optional", "unused"]
+    least: int
+    most: int | None
+    paper: str
+    surveys: bool
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return self.documentation.splitlines()[0]
+
+    @property
+    def documentation(self) -> str:
+        """The whole docstring."""
+        return inspect.cleandoc(self.function.__doc__ or "")
+
+    def __call__(self, scope: Scope, **parameters: Any) -> Any:
+        """Run the method's function."""
+        return self.function(scope, **parameters)
+
+    def resolve(self, given: Mapping[str, object], models: int) -> dict[str, Any]:
+        """Check the parameters of a call, fill in the defaults, and return what the function is called with.
+
+        A name that is a Python keyword may be given with or without its trailing underscore (``lambda_``, ``lambda``).
+        """
+        names = {name.rstrip("_"): name for name in self.parameters}
+        for name in given:
+            if name.rstrip("_") not in names:
+                raise unknown(f"parameter of {self.name}", name, self.parameters)
+        values = {names[name.rstrip("_")]: value for name, value in given.items()}
+        missing = [name for name, parameter in self.parameters.items() if parameter.required and name not in values]
+        if missing:
+            raise MergeError(f"{self.name} needs {', '.join(missing)}: pass {missing[0]}=...")
+        return {
+            name: parameter.resolve(values.get(name, parameter.default), models, f"{self.name}:")
+            for name, parameter in self.parameters.items()
+        }
+
+
+_methods: dict[str, Method] = {}
+
+
+def method(
+    *,
+    paper: str,
+    base: Literal["required", "optional", "unused"] = "unused",
+    models: tuple[int, int | None] = (1, None),
+) -> Callable[[F], F]:
+    """Register a function as the merge method of its name, and return the function itself.
+
+    Args:
+        paper: Where the method comes from, a URL.
+        base: Whether the method needs a base model, can use one, or has no use for one.
+        models: The least and the greatest number of models, without the base; ``None`` for no limit.
+
+    Raises:
+        TypeError: The function has no docstring, a parameter is not keyword-only, not annotated or of a type that parameters
+            cannot have, or the name is taken by a method of another module.
+
+    """
+
+    def register(function: F) -> F:
+        name, where = function.__name__, f"merge method {function.__module__}.{function.__qualname__}"
+        if not (function.__doc__ or "").strip():
+            raise TypeError(f"{where}: needs a docstring; its first line is the method's row in every list")
+        taken = _methods.get(name)
+        if taken is not None and taken.function.__module__ != function.__module__:
+            raise TypeError(f"{where}: the name is taken by {taken.function.__module__}; choose another")
+        hints = get_type_hints(function, include_extras=True)
+        _, *rest = inspect.signature(function).parameters.values()
+        parameters = {p.name: _read_parameter(p, hints, where) for p in rest}
+        surveys = inspect.isgeneratorfunction(function)
+        _methods[name] = Method(name, function, parameters, base, *models, paper, surveys)
+        return function
+
+    return register
+
+
+def _read_parameter(parameter: inspect.Parameter, hints: Mapping[str, Any], where: str) -> Parameter:
+    where = f"{where}: parameter {parameter.name}"
+    if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        raise TypeError(f"{where} must be keyword-only (write it after *)")
+    if parameter.name not in hints:
+        raise TypeError(f"{where} needs an annotation, such as float or Annotated[float, Between(0, 1)]")
+    if parameter.name in _RESERVED:
+        raise TypeError(f"{where}: the name belongs to merge() itself; choose another")
+    hint, marks = _unwrap(hints[parameter.name])
+    per_model = any(isinstance(mark, _PerModel) for mark in marks)
+    if per_model:
+        hint, inner = _unwrap(get_args(hint)[0])
+        marks += inner
+    limits = next((mark for mark in marks if isinstance(mark, Between)), None)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    kind = type(choices[0]) if choices else hint
+    if not choices and kind not in (float, int, bool):
+        raise TypeError(f"{where}: {hint} is not a type of parameter; use float, int, bool, Literal[...] or PerModel[...]")
+    return Parameter(parameter.name, kind, per_model, limits, choices, parameter.default)
+
+
+def _unwrap(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Split ``Annotated[X, marks]`` into X and its marks."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+_RESERVED = frozenset({
+    "models", "method", "base", "out", "backend", "out_dtype", "nonfinite", "seed", "threads", "progress", "scope",
+})
+
+
+def find(name: str) -> Method:
+    """Look a method up by name; the error for an unknown one has the nearest name."""
+    if name not in _methods:
+        raise unknown("method", name, _methods)
+    return _methods[name]
+
+
+def methods() -> dict[str, Method]:
+    """List the registered methods by name, with their parameters, ranges and papers, in alphabetical order.
+
+    >>> print(methods()["sfa"].parameters["beta"])
+    beta=0.5 in [0, 1]
+    """
+    return dict(sorted(_methods.items()))
+
+
+__all__ = ["Between", "Fraction", "Method", "Parameter", "PerModel", "each", "find", "method", "methods"]
