@@ -143,8 +143,10 @@ def load(backend: str, device: str) -> tuple[str, Backend]:
         backend = ("numba" if find_spec("numba") else "numpy") if on_cpu else "triton"
     if backend == "triton":
         if on_cpu and not interpreted():
-            raise BackendError('backend="triton" needs tensors on a GPU, but they are on the CPU; move them, choose '
-                               '"numba" or "auto", or set TRITON_INTERPRET=1 to run the kernels in Triton\'s interpreter')
+            raise BackendError(
+                'backend="triton" needs tensors on a GPU, but they are on the CPU; move them, choose '
+                '"numba" or "auto", or set TRITON_INTERPRET=1 to run the kernels in Triton\'s interpreter'
+            )
         needs = ["triton", "torch"]
     elif not on_cpu:
         raise BackendError(f'backend="{backend}" works on the CPU, but the tensors are on {device}; use "triton" or "auto"')
@@ -152,7 +154,7 @@ def load(backend: str, device: str) -> tuple[str, Backend]:
         needs = [backend]
     for package in needs:
         if find_spec(package) is None:
-            raise BackendError(f'backend="{backend}" needs the package {package}: pip install "mergekit-cl[{backend}]"')
+            raise BackendError(f'backend="{backend}" needs the package {package}: pip install {package}')
     return backend, cast(Backend, importlib.import_module(f"mergekit_cl.kernels.{backend}"))
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mergekit_cl import kernels
 from mergekit_cl.dtypes import dtype_name, output_dtype
-from mergekit_cl.errors import MergeError, unknown
+from mergekit_cl.errors import MergeError, NonFiniteError, unknown
 from mergekit_cl.execute import Advance, Executor
 from mergekit_cl.models import Model, open_model
 from mergekit_cl.plan import plan
@@ -70,7 +70,11 @@ def merge(
         backend=backend, out_dtype=out_dtype, nonfinite=nonfinite, seed=seed, threads=threads, parameters=parameters,
     )  # fmt: skip
     with _progress_bar(executor.elements, method) if progress else nullcontext(lambda _: None) as advance:
-        merged = executor.run(advance)
+        try:
+            merged = executor.run(advance)
+        except NonFiniteError as error:
+            advice = 'repair or leave out what is not finite, or pass nonfinite="allow" to merge it as it is'
+            raise NonFiniteError(f"{error}\n{advice}") from None
     return target.rebuild(merged) if out is None else out
 
 
@@ -114,8 +118,16 @@ def prepare(
     elif target.own_copy is not None:
         target = target.own_copy(dtype)
     planned = plan(
-        method, opened, opened_base, target, parameters=parameters, labels=names, out_dtype=dtype, seed=seed,
-        in_place=out is not None or opened[0].own_copy is not None, check_first=out is not None,
+        method,
+        opened,
+        opened_base,
+        target,
+        parameters=parameters,
+        labels=names,
+        out_dtype=dtype,
+        seed=seed,
+        in_place=out is not None or opened[0].own_copy is not None,
+        check_first=out is not None,
     )
     return Executor(planned, backend=backend, threads=threads, nonfinite=nonfinite, constant=constant), target
 
@@ -137,8 +149,10 @@ def _check_counts(method: Method, models: Sequence[Any], base: Any) -> None:
     if count < method.least or (method.most is not None and count > method.most):
         most = "or more" if method.most is None else f"to {method.most}"
         wanted = f"{method.least}" if method.least == method.most else f"{method.least} {most}"
-        raise MergeError(f"{method.name} merges {wanted} model{'s' if wanted != '1' else ''}, but got {count}"
-                         f"{'' if method.base == 'unused' else ' (the base is passed as base=, not in the list)'}")
+        raise MergeError(
+            f"{method.name} merges {wanted} model{'s' if wanted != '1' else ''}, but got {count}"
+            f"{'' if method.base == 'unused' else ' (the base is passed as base=, not in the list)'}"
+        )
     if method.base == "required" and base is None:
         raise MergeError(f"{method.name} needs the model that the others were fine-tuned from: pass base=...")
     if method.base == "unused" and base is not None:

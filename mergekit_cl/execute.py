@@ -87,7 +87,7 @@ class Executor:
         self._batches: list[_Batch] | None = None
         self._known: dict[tuple[str, int], float] = {}
 
-    def run(self, advance: Advance = lambda elements: None) -> dict[str, Leaf]:
+    def run(self, advance: Advance = lambda _: None) -> dict[str, Leaf]:
         """Run once; return the merged tensors by name (in place: the tensors that were written).
 
         Raises:
@@ -161,7 +161,7 @@ class Executor:
         """A tensor's spans in the order of a survey: the base, where there is one, comes first."""
         spans = self.spans[item.name]
         if survey.task_vectors and not self.plan.has_base:
-            raise MergeError(f"{self.plan.method.name}: task vectors need a base; declare base=\"required\" in @method")
+            raise MergeError(f'{self.plan.method.name}: task vectors need a base; declare base="required" in @method')
         return (spans[-1], *spans[:-1]) if self.plan.has_base else spans
 
     def _order(self, survey: Survey) -> int:
@@ -212,6 +212,7 @@ class Executor:
     def _apply(self, batch: _Batch, advance: Advance) -> list[_Row]:
         """Compute a batch; return the rows in which a result is not finite."""
         spoiled = np.zeros(len(batch.rows), bool)
+        call: Callable[[Array], Any]
         if batch.copied or not batch.sources:
             call = partial(_copy, batch.table)
             if self.nonfinite == "error" and batch.copied and not self.plan.check_first:
@@ -225,7 +226,7 @@ class Executor:
 
     def _map(self, call: Callable[[Array], Any], table: Table) -> Iterable[tuple[Array, Any]]:
         """Call a kernel for all pieces of a table, in threads on a CPU; yield each share of pieces with its result."""
-        shares = deal(table.lengths, self.threads) if self.plan.device == "cpu" else [table.whole]
+        shares = deal(table.lengths, self.threads, CHUNK) if self.plan.device == "cpu" else [table.whole]
         return zip(shares, (self._pool.map if self._pool else map)(call, shares), strict=True)
 
     # Checks
@@ -278,7 +279,7 @@ class Executor:
             if doubtful.any():  # rare: compute them into memory of their own, and see
                 rows = [row for row, doubt in zip(batch.rows, doubtful, strict=True) if doubt]
                 trial = [_Row(r.item, r.terms, r.inputs, r.item.library.empty(r.item.like, r.item.dtype)) for r in rows]
-                results = self._apply(_Batch(trial), lambda elements: None)
+                results = self._apply(_Batch(trial), lambda _: None)
                 bad_input = ~np.isfinite(largest[doubtful]).all(axis=1)
                 spoiled += results + [row for row, bad in zip(trial, bad_input, strict=True) if bad and row not in results]
         if spoiled:
@@ -290,14 +291,13 @@ class Executor:
         for row in rows:
             name = tensor(row.item.name)
             faults = [
-                f"{label}, {name}: {counts}; check where the weights come from, or pass nonfinite=\"allow\""
+                f"{label}, {name}: {counts}"
                 for span, label in zip(self.spans[row.item.name], self.plan.labels, strict=True)
                 if any(span is read for read in row.inputs) and (counts := _count_nonfinite(span))
             ]
             if not faults and row.out is not None:
                 faults = [
-                    f"{name}: finite inputs overflow {row.item.dtype} when merged; choose a wider out_dtype or smaller "
-                    'weights, or pass nonfinite="allow"'
+                    f"{name}: finite inputs overflow {row.item.dtype} when merged; choose a wider dtype or smaller weights"
                 ]
             problems += faults
         return NonFiniteError(listing(problems))
@@ -344,7 +344,7 @@ def _add_exactly(blocks: Sequence[Statistics], order: int) -> Statistics:
     return np.array([fsum(column) for column in stacked.T]).reshape(order, order)
 
 
-def deal(lengths: Array, threads: int, chunk: int = CHUNK) -> list[Array]:
+def deal(lengths: Array, threads: int, chunk: int) -> list[Array]:
     """Cut the rows of a table into pieces, and deal them out in shares of at most ``chunk`` elements.
 
     Args:

@@ -164,7 +164,12 @@ def _items(inputs: Sequence[Model], target: Model) -> list[Item]:
     for name in target.layout:
         groups.setdefault(tuple(group[name] for group in tied), []).append(name)
     return [
-        Item(tuple(names), target.layout[names[0]].dtype, tuple(m.leaves[names[0]] for m in inputs), target.leaves[names[0]])
+        Item(
+            tuple(names),
+            target.layout[names[0]].dtype,
+            tuple(m.leaves[names[0]] for m in inputs),
+            target.leaves[names[0]],
+        )
         for names in groups.values()
     ]
 
@@ -198,5 +203,7 @@ def _check_overlap(items: Sequence[Item], labels: Sequence[str]) -> None:
             for hit in hits(*library.memory(leaf)):
                 same = library.describe(leaf, "").storage == items[hit].library.describe(items[hit].like, "").storage
                 if hit != index or not same:
-                    raise MergeError(f"{label}, {tensor(item.name)}: shares part of its memory with the output "
-                                     f"{tensor(items[hit].name)}; write into the whole tensor itself, or into memory of its own")
+                    raise MergeError(
+                        f"{label}, {tensor(item.name)}: shares part of its memory with the output "
+                        f"{tensor(items[hit].name)}; write into the whole tensor itself, or into memory of its own"
+                    )

@@ -9,9 +9,9 @@ each model has its own value.
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from mergekit_cl.errors import MergeError, unknown
 from mergekit_cl.steps import Scope
@@ -109,14 +109,15 @@ class Parameter:
             return self.check(value, where)
         if isinstance(value, _Each):
             value = value[0]
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            if getattr(value, "ndim", 0):
-                value = list(value)  # type: ignore[call-overload]  # an array of numbers
-            else:
-                return (self.check(value, where),) * models
+        if getattr(value, "ndim", 0):  # an array of numbers
+            value = list(cast(Iterable[object], value))
+        if not isinstance(value, list | tuple):
+            return (self.check(value, where),) * models
         if len(value) != models:
-            raise MergeError(f"{where} {self.name}={value!r}: {len(value)} values for {models} models; give one number for "
-                             "all of them, or a list with one for each, in their order")
+            raise MergeError(
+                f"{where} {self.name}={value!r}: {len(value)} values for {models} models; give one number for all of them, "
+                "or a list with one for each, in their order"
+            )
         return tuple(self.check(item, f"{where} model {index}:") for index, item in enumerate(value))
 
 
@@ -231,9 +232,21 @@ def _unwrap(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 
 
-_RESERVED = frozenset({
-    "models", "method", "base", "out", "backend", "out_dtype", "nonfinite", "seed", "threads", "progress", "scope",
-})
+_RESERVED = frozenset(
+    {
+        "models",
+        "method",
+        "base",
+        "out",
+        "backend",
+        "out_dtype",
+        "nonfinite",
+        "seed",
+        "threads",
+        "progress",
+        "scope",
+    }
+)
 
 
 def find(name: str) -> Method:

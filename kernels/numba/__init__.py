@@ -6,7 +6,12 @@ import numpy.typing as npt
 from mergekit_cl.kernels import BLOCK, Array, Table
 from mergekit_cl.kernels.numba import compiled, streaming
 
-_CODES = {"bfloat16": compiled.BFLOAT16, "float16": compiled.FLOAT16, "float32": compiled.FLOAT32, "float64": compiled.FLOAT64}
+_CODES = {
+    "bfloat16": compiled.BFLOAT16,
+    "float16": compiled.FLOAT16,
+    "float32": compiled.FLOAT32,
+    "float64": compiled.FLOAT64,
+}
 
 
 def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> npt.NDArray[np.bool_]:

@@ -55,7 +55,7 @@ _half_of_float = _cast(
 )
 
 
-def _to_float32(value):  # type: ignore[no-untyped-def]
+def _to_float32(value: Any) -> Any:
     """Return a value as a float32 that rounds to bfloat16 and float16 as the value itself does."""
     raise NotImplementedError("compiled code only")
 
@@ -120,21 +120,21 @@ def _store(values: Any, address: Any, code: Any, count: Any) -> bool:
             rounded = _bfloat16_bits(_to_float32(values[i]))
             bits[i] = rounded
             top = max(top, u32(u32(rounded) & u32(0x7FFF)))
-        return top >= u32(0x7F80)
+        return bool(top >= u32(0x7F80))
     if code == FLOAT16:
         halves = carray(_pointer(address), count, np.uint16)
         for i in range(count):
             half = _half_of_float(_to_float32(values[i]))
             halves[i] = half
             top = max(top, u32(u32(half) & u32(0x7FFF)))
-        return top >= u32(0x7C00)
+        return bool(top >= u32(0x7C00))
     if code == FLOAT32:
         singles = carray(_pointer(address), count, np.float32)
         for i in range(count):
             single = np.float32(values[i])
             singles[i] = single
             top = max(top, u32(_bits_of_float(single) & u32(0x7FFFFFFF)))
-        return top >= u32(0x7F800000)
+        return bool(top >= u32(0x7F800000))
     doubles = carray(_pointer(address), count, np.float64)
     bad = 0
     for i in range(count):

@@ -69,7 +69,14 @@ def _loop(dtypes: tuple[str, ...], compute: str, about: bool, in_place: bool) ->
     sources = b"".join(Path(module).read_bytes() for module in (__file__, compiled.__file__))
     digest = hashlib.blake2b(sources, digest_size=8).hexdigest()
     name = f"weighted_sum_{'_'.join(dtypes)}_{compute}_{about:d}{in_place:d}_{digest}"
-    scope: dict[str, Any] = {**vars(compiled), "_prefetch": _prefetch, "_stream": _stream, "_copy": _copy, "_address": _address, "_fence": _fence}
+    scope: dict[str, Any] = {
+        **vars(compiled),
+        "_prefetch": _prefetch,
+        "_stream": _stream,
+        "_copy": _copy,
+        "_address": _address,
+        "_fence": _fence,
+    }
     exec(compile(_source(name, dtypes, compute, about, in_place), __file__, "exec"), scope)
     loop: Callable[..., None] = compiled.compiled(scope[name])
     return loop

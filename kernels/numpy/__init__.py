@@ -1,6 +1,7 @@
 """The NumPy backend: always there, and the oracle that the others are tested against. Works in tiles that stay in cache."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +32,8 @@ def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> np
 def _sum(inputs: list[Array], weights: Array, about: bool, buffers: Array, infinite: bool = False) -> Array:
     """Sum a tile in the compute type; ``infinite`` says that infinities may be among the inputs."""
     acc, x, r = buffers[:, : len(inputs[0])]
-    ref, *inputs = [_widen(inputs[0], r), *inputs[1:]] if about else [None, *inputs]
-    for number, (weight, span) in enumerate(zip(weights, inputs, strict=True)):
+    ref = _widen(inputs[0], r) if about else None
+    for number, (weight, span) in enumerate(zip(weights, inputs[int(about) :], strict=True)):
         value = _widen(span, x)
         if ref is not None:
             agree = value == ref if infinite else None
@@ -43,10 +44,10 @@ def _sum(inputs: list[Array], weights: Array, about: bool, buffers: Array, infin
             np.multiply(value, weight, out=acc)
         else:
             acc += np.multiply(value, weight, out=x)
-    if ref is None:
-        return acc
-    acc += 0  # -0 becomes +0, and then -0 - (+0) is -0: a reference keeps the sign of its zeros
-    return np.subtract(ref, acc, out=acc)
+    if ref is not None:
+        acc += 0  # -0 becomes +0, and then -0 - (+0) is -0: a reference keeps the sign of its zeros
+        np.subtract(ref, acc, out=acc)
+    return cast(Array, acc)
 
 
 def largest_magnitude(table: Table, pieces: Array) -> npt.NDArray[np.float64]:

@@ -8,7 +8,7 @@ Values are the oracle's bit for bit, in Triton's interpreter and compiled, for w
   skips NaN.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 import triton
 import triton.language as tl
 
@@ -36,9 +36,9 @@ def _load(address, start, stop, DTYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: 
     """Read a block, bfloat16 and float16 as float32, without a mask if ``FULL``: it would cost the wide accesses."""
     x_ptr = _pointers(address, start, DTYPE, BLOCK, FULL)
     x = tl.load(x_ptr) if FULL else tl.load(x_ptr, mask=tl.arange(0, BLOCK) < stop - start, other=0)
-    if DTYPE == tl.uint16:
+    if tl.uint16 == DTYPE:
         x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == tl.float16:
+    elif tl.float16 == DTYPE:
         x = x.to(tl.float32)
     return x
 
@@ -59,7 +59,7 @@ def _narrow(x, DTYPE: tl.constexpr):
     """Round to nearest even, once."""
     if x.dtype == tl.float64 and DTYPE.primitive_bitwidth == 16:
         x = _odd_float32(x)
-    if DTYPE == tl.uint16:
+    if tl.uint16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         even = bits + 0x7FFF + ((bits >> 16) & 1)
         even = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, even)

@@ -4,7 +4,7 @@ A block that is whole and 16-byte aligned is worked on without a mask, which mak
 or an unaligned span, would make the compiler read two bytes at a time.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 import triton
 import triton.language as tl
 

@@ -22,6 +22,7 @@ def normalized(weights: PerModel[float]) -> list[float]:
     """Scale weights so that they add up to one."""
     total = fsum(weights)
     if abs(total) <= 1e-12 * fsum(map(abs, weights)):
-        raise MergeError(f"weight={list(weights)}: the weights sum to zero and cannot be normalised; "
-                         "change them, or pass normalize=False")
+        raise MergeError(
+            f"weight={list(weights)}: the weights sum to zero and cannot be normalised; change them, or pass normalize=False"
+        )
     return [weight / total for weight in weights]

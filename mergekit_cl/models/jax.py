@@ -18,7 +18,7 @@ def owns(value: object) -> bool:
     return isinstance(value, jax.Array)
 
 
-def describe(leaf: jax.Array, name: str) -> Entry:  # noqa: D103
+def describe(leaf: jax.Array, name: str) -> Entry:
     if isinstance(leaf, jax.core.Tracer):
         raise MergeError("a traced array has no memory; call merge outside jax.jit")
     if leaf.is_deleted():
@@ -28,11 +28,11 @@ def describe(leaf: jax.Array, name: str) -> Entry:  # noqa: D103
     return Entry(name, _data(leaf).shape, dtype, _device(leaf), ("jax", id(leaf)))
 
 
-def memory(leaf: jax.Array) -> tuple[int, int]:  # noqa: D103
+def memory(leaf: jax.Array) -> tuple[int, int]:
     return 0, 0
 
 
-def span(leaf: jax.Array) -> Span:  # noqa: D103
+def span(leaf: jax.Array) -> Span:
     if _device(leaf) != "cpu":
         import torch
 
@@ -40,7 +40,7 @@ def span(leaf: jax.Array) -> Span:  # noqa: D103
     return np.asarray(_data(leaf)).reshape(-1)
 
 
-def empty(leaf: jax.Array, dtype: str) -> Span:  # noqa: D103
+def empty(leaf: jax.Array, dtype: str) -> Span:
     if _device(leaf) != "cpu":
         import torch
 
@@ -48,18 +48,18 @@ def empty(leaf: jax.Array, dtype: str) -> Span:  # noqa: D103
     return np.empty(_data(leaf).size, type_of.get(dtype, dtype))
 
 
-def build(span: Span, leaf: jax.Array) -> jax.Array:  # noqa: D103
+def build(span: Span, leaf: jax.Array) -> jax.Array:
     data = _data(leaf)
     array = jax.numpy.from_dlpack(span) if _device(leaf) != "cpu" else span
     array = jax.device_put(array.reshape(data.shape), data.sharding)
     return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 
 
-def writable(leaf: jax.Array) -> Span | None:  # noqa: D103
+def writable(leaf: jax.Array) -> Span | None:
     raise MergeError("JAX arrays cannot be written in place; leave out= away and use the result")
 
 
-def written(leaf: jax.Array, span: Span | None) -> None:  # noqa: D103
+def written(leaf: jax.Array, span: Span | None) -> None:
     raise AssertionError("unreachable: writable() refuses JAX arrays")
 
 

@@ -13,7 +13,7 @@ def owns(value: object) -> bool:
     return isinstance(value, np.ndarray | np.generic)
 
 
-def describe(leaf: Array, name: str) -> Entry:  # noqa: D103
+def describe(leaf: Array, name: str) -> Entry:
     leaf = np.asarray(leaf)
     dtype = leaf.dtype.name
     check_mergeable(dtype, "NumPy array")
@@ -21,30 +21,30 @@ def describe(leaf: Array, name: str) -> Entry:  # noqa: D103
     return Entry(name, leaf.shape, dtype, "cpu", storage)
 
 
-def memory(leaf: Array) -> tuple[int, int]:  # noqa: D103
+def memory(leaf: Array) -> tuple[int, int]:
     return np.lib.array_utils.byte_bounds(leaf) if np.size(leaf) else (0, 0)
 
 
-def span(leaf: Array) -> Span:  # noqa: D103
+def span(leaf: Array) -> Span:
     leaf = np.asarray(leaf)
     return np.ascontiguousarray(leaf, leaf.dtype.newbyteorder("=")).reshape(-1)
 
 
-def empty(leaf: Array, dtype: str) -> Span:  # noqa: D103
+def empty(leaf: Array, dtype: str) -> Span:
     return np.empty(np.size(leaf), type_of.get(dtype, dtype))
 
 
-def build(span: Span, leaf: Array) -> Array:  # noqa: D103
+def build(span: Span, leaf: Array) -> Array:
     array: Array = span.reshape(np.shape(leaf))
     return array
 
 
-def writable(leaf: Array) -> Span | None:  # noqa: D103
+def writable(leaf: Array) -> Span | None:
     if not isinstance(leaf, np.ndarray) or not leaf.flags.writeable:
         raise MergeError("the array is read-only; pass out= arrays that can be written")
     return leaf.reshape(-1) if leaf.flags.c_contiguous and leaf.dtype.isnative else None
 
 
-def written(leaf: Array, span: Span | None) -> None:  # noqa: D103
+def written(leaf: Array, span: Span | None) -> None:
     if span is not None:
         leaf[...] = span.reshape(leaf.shape)

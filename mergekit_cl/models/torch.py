@@ -18,7 +18,7 @@ def owns(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def describe(leaf: torch.Tensor, name: str) -> Entry:  # noqa: D103
+def describe(leaf: torch.Tensor, name: str) -> Entry:
     kind = type(leaf).__name__
     if is_traceable_wrapper_subclass(leaf):
         raise MergeError(f"{kind} wraps other tensors (sharded or quantised); gather or dequantise it first")
@@ -32,14 +32,14 @@ def describe(leaf: torch.Tensor, name: str) -> Entry:  # noqa: D103
     return Entry(name, tuple(leaf.shape), dtype, str(leaf.device), storage)
 
 
-def memory(leaf: torch.Tensor) -> tuple[int, int]:  # noqa: D103
+def memory(leaf: torch.Tensor) -> tuple[int, int]:
     if not leaf.numel():
         return 0, 0
     reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
     return leaf.data_ptr(), leaf.data_ptr() + (reach + 1) * leaf.element_size()
 
 
-def span(leaf: torch.Tensor) -> Span:  # noqa: D103
+def span(leaf: torch.Tensor) -> Span:
     flat = leaf.detach().resolve_neg().contiguous().view(-1)
     if flat.device.type != "cpu":
         return flat
@@ -48,11 +48,11 @@ def span(leaf: torch.Tensor) -> Span:  # noqa: D103
     return flat.numpy()
 
 
-def empty(leaf: torch.Tensor, dtype: str) -> Span:  # noqa: D103
+def empty(leaf: torch.Tensor, dtype: str) -> Span:
     return span(torch.empty(leaf.numel(), dtype=getattr(torch, dtype), device=leaf.device))
 
 
-def build(span: Span, leaf: torch.Tensor) -> torch.Tensor:  # noqa: D103
+def build(span: Span, leaf: torch.Tensor) -> torch.Tensor:
     if not isinstance(span, torch.Tensor):
         bfloat16 = span.dtype == ml_dtypes.bfloat16
         span = torch.from_numpy(span.view("int16") if bfloat16 else span)
@@ -60,11 +60,11 @@ def build(span: Span, leaf: torch.Tensor) -> torch.Tensor:  # noqa: D103
     return span.view(leaf.shape)
 
 
-def writable(leaf: torch.Tensor) -> Span | None:  # noqa: D103
+def writable(leaf: torch.Tensor) -> Span | None:
     return span(leaf) if leaf.is_contiguous() and not leaf.is_neg() else None
 
 
-def written(leaf: torch.Tensor, span: Span | None) -> None:  # noqa: D103
+def written(leaf: torch.Tensor, span: Span | None) -> None:
     if span is not None:
         with torch.no_grad():
             leaf.copy_(build(span, leaf))

@@ -1,0 +1,1 @@
+"""Merging inside training loops: one module per framework, each imported by its own name."""

@@ -1,0 +1,283 @@
+"""Sequential Fine-tuning with Averaging in a PyTorch training loop."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from mergekit_cl.api import prepare
+from mergekit_cl.continual.schedule import MergeSchedule
+from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
+from mergekit_cl.execute import Executor
+from mergekit_cl.models import open_model
+from mergekit_cl.registry import find
+
+_SETTINGS = ("beta", "p", "every", "total_steps", "step_count", "merges", "last_merge_step")
+
+
+class SFA:
+    """Sequential Fine-tuning with Averaging (Kleiman et al., https://arxiv.org/abs/2501.05559, Algorithm 1).
+
+    While a model is trained on a task of T steps, every k = max(1, round(p * T)) steps and after step T its weights are
+    averaged, in place, with the *anchor*: the weights that it had before the task, ``theta_o``::
+
+        theta <- beta * theta_o + (1 - beta) * theta
+
+    The anchor is taken when the object is built, and again by `new_task`. It costs one copy of the trainable parameters;
+    frozen parameters cost nothing. Buffers and the optimizer's state are left alone. A step is an update of the optimizer
+    that the loop counts by calling `step`; with `attach`, one that the optimizer carried out (not one that a gradient
+    scaler skipped).
+
+    Args:
+        model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged).
+        beta: The weight of the anchor, in [0, 1].
+        p: The part of the task between two merges, in (0, 1]; needs ``total_steps``. 0.25 where ``every`` is not given.
+        every: The number k of steps between two merges, in place of p.
+        total_steps: The number T of steps of the task. Without it (only with ``every``) there is no merge at the end.
+        anchor_device: Where to keep the anchor; beside the parameters by default. Elsewhere it is copied for each merge.
+        anchor_dtype: A dtype for the anchor; that of each parameter by default.
+        backend: As in `mergekit_cl.merge`.
+        threads: As in `mergekit_cl.merge`.
+
+    Raises:
+        MergeError: p without ``total_steps``, both p and ``every``, a value out of range, nothing to train, or parameters of a
+            kind that cannot be merged.
+        NonFiniteError: A parameter holds NaN or Inf (or does in ``anchor_dtype``).
+
+    >>> model = torch.nn.Linear(2, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> sfa = SFA(model, beta=0.5, p=0.25, total_steps=8)
+    >>> for step in range(8):
+    ...     model(torch.ones(1, 2)).sum().backward()
+    ...     optimizer.step()
+    ...     if sfa.step():
+    ...         print("merged after step", step + 1)
+    merged after step 2
+    merged after step 4
+    merged after step 6
+    merged after step 8
+
+    """
+
+    def __init__(
+        self,
+        model_or_parameters: torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+        beta: float = 0.5,
+        p: float | None = None,
+        *,
+        every: int | None = None,
+        total_steps: int | None = None,
+        anchor_device: torch.device | str | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self._source = model_or_parameters
+        if not isinstance(model_or_parameters, torch.nn.Module):
+            self._source = _name(model_or_parameters)
+        self.beta = find("sfa").resolve({"beta": beta}, 2)["beta"]
+        if p is not None and every is not None:
+            raise MergeError("SFA: both p and every are given; pass one of them")
+        self.p = 0.25 if p is None and every is None else p
+        self._every = every
+        self._anchor_device, self._anchor_dtype = anchor_device, anchor_dtype
+        self._backend, self._threads = backend, threads
+        self._hook: Any = None
+        self.new_task(total_steps=total_steps)
+
+    def new_task(self, *, total_steps: int | None = None) -> None:
+        """Begin a task: the present weights become the anchor, and steps are counted from 0 again.
+
+        Args:
+            total_steps: The number T of steps of the new task; needed where merges are set by p.
+
+        Raises:
+            MergeError: As for the constructor; the running task is then left as it is.
+
+        """
+        schedule = _schedule(self.p, self._every, total_steps)
+        self.anchor = self._capture()
+        self._begin(schedule)
+
+    def step(self) -> bool:
+        """Count a step of the optimizer, and merge if it is time to. Call it after ``optimizer.step()``.
+
+        Returns:
+            Whether the parameters were averaged with the anchor (in place).
+
+        Raises:
+            NonFiniteError: It is time to merge, but a parameter holds NaN or Inf; nothing was written.
+            MergeError: SFA is attached to an optimizer, or a parameter has become trainable since the task began.
+
+        """
+        if self._hook is not None:
+            raise MergeError(
+                "SFA: attached to an optimizer, which counts the steps itself; leave step() away, or detach() first"
+            )
+        return self._count()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> "SFA":
+        """Call `step` after each step of the optimizer, by a hook; return self."""
+        if self._hook is not None:
+            raise MergeError("SFA: attached to an optimizer already; detach() first")
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._count() and None)
+        return self
+
+    def detach(self) -> None:
+        """Take the hook of `attach` away."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings, counters and the anchor: numbers and tensors (not copied), safe for ``weights_only=True``."""
+        return {**{name: getattr(self, name) for name in _SETTINGS}, "anchor": dict(self.anchor)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken, bit for bit; settings are taken over too.
+
+        The parameters themselves are the model's to load, before or after.
+
+        Raises:
+            MismatchError: The anchor in the state is of another model; nothing was loaded.
+            MergeError: The state is not one of SFA.
+
+        """
+        missing = [name for name in (*_SETTINGS, "anchor") if name not in state]
+        if missing:
+            raise MergeError(f'SFA: the state lacks "{missing[0]}"; pass what SFA.state_dict() returned')
+        beta = find("sfa").resolve({"beta": state["beta"]}, 2)["beta"]
+        schedule = MergeSchedule(state["every"], state["total_steps"])
+        self.anchor = self._match(state["anchor"])
+        self.beta, self.p = beta, state["p"]
+        self._every = None if self.p is not None else schedule.every
+        self._begin(schedule, state["step_count"], state["merges"], state["last_merge_step"])
+
+    @property
+    def every(self) -> int:
+        """Steps between two merges."""
+        return self._schedule.every
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the task."""
+        return self._schedule.total_steps
+
+    def __repr__(self) -> str:
+        return (
+            f"SFA(beta={self.beta}, every={self.every}, total_steps={self.total_steps}, step={self.step_count}, "
+            f"{len(self.anchor)} tensors)"
+        )
+
+    def _begin(self, schedule: MergeSchedule, step: int = 0, merges: int = 0, last: int = 0) -> None:
+        self._schedule = schedule
+        self.step_count, self.merges, self.last_merge_step = step, merges, last
+        self._prepared: tuple[Any, Executor] | None = None
+
+    def _count(self) -> bool:
+        step = self.step_count + 1
+        if self._schedule.due(step):
+            self._merge(step)
+            self.merges, self.last_merge_step = self.merges + 1, step
+        elif self.total_steps is not None and step == self.total_steps + 1:
+            warnings.warn(
+                f"SFA: the task's {step - 1} steps are over, and its last merge is done; call new_task(), or pass the right "
+                "total_steps. Until then nothing is merged",
+                stacklevel=3,
+            )
+        self.step_count = step
+        return self.last_merge_step == step
+
+    @torch.no_grad()
+    def _merge(self, step: int) -> None:
+        """Average the parameters with the anchor, in place."""
+        current = self._trainable()
+        late = [name for name in current if name not in self.anchor]
+        if late:
+            raise MergeError(
+                f'SFA: "{late[0]}" was frozen, or not there, when the task began, and has no anchor; call new_task() '
+                "when parameters are unfrozen"
+            )
+        try:
+            self._executor({name: current[name] for name in self.anchor if name in current}).run()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"SFA, step {step}: nothing was merged\n{error}") from None
+
+    def _executor(self, current: dict[str, torch.Tensor]) -> Executor:
+        """Prepare the merge; keep it as long as the parameters stay where they are in memory."""
+        key = [(name, p.data_ptr(), p.dtype, p.device, p.is_contiguous()) for name, p in current.items()]
+        if self._prepared is not None and self._prepared[0] == key:
+            return self._prepared[1]
+        anchor = {name: self.anchor[name].to(p.device) for name, p in current.items()}
+        executor, _ = prepare(
+            find("sfa"), [anchor, current], None, current,
+            backend=self._backend, threads=self._threads, parameters={"beta": self.beta},
+            labels=["anchor", "current"], constant=frozenset({0}),
+        )  # fmt: skip
+        beside = all(anchor[name] is self.anchor[name] and p.is_contiguous() for name, p in current.items())
+        self._prepared = (key, executor) if beside else None
+        return executor
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """All parameters by name, tied ones once, without the prefix of ``torch.compile``."""
+        if isinstance(self._source, torch.nn.Module):
+            return {name.replace("_orig_mod.", ""): p for name, p in self._source.named_parameters()}
+        return dict(self._source)  # _name made it a mapping
+
+    def _trainable(self) -> dict[str, torch.Tensor]:
+        return {name: p for name, p in self._parameters().items() if p.requires_grad}
+
+    def _capture(self) -> dict[str, torch.Tensor]:
+        """Copy the trainable parameters."""
+        parameters = self._trainable()
+        if not parameters:
+            raise MergeError(
+                "SFA: no parameter requires a gradient, so there is nothing to average; unfreeze before building SFA"
+            )
+        open_model(parameters, "SFA")  # refuses parameters that cannot be merged
+        anchor = {
+            name: p.detach().to(self._anchor_device or p.device, self._anchor_dtype or p.dtype, copy=True)
+            for name, p in parameters.items()
+        }
+        spoiled = [name for name, tensor in anchor.items() if not tensor.isfinite().all()]
+        if spoiled:
+            raise NonFiniteError(listing([f'SFA: the anchor of "{name}" would hold NaN or Inf' for name in spoiled]))
+        return anchor
+
+    def _match(self, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy a saved anchor to where this one is kept, after checking that it is one of this model."""
+        known = self._parameters()
+        problems = [f'the saved anchor has "{name}", which the model lacks' for name in saved if name not in known]
+        problems += [f'the saved anchor lacks "{name}"' for name in self._trainable() if name not in saved]
+        problems += [
+            f'"{name}": the saved anchor has shape {tuple(tensor.shape)}, the model {tuple(known[name].shape)}'
+            for name, tensor in saved.items()
+            if name in known and tensor.shape != known[name].shape
+        ]
+        if problems:
+            raise MismatchError(listing([f"SFA: {problem}" for problem in problems]))
+        return {name: t.detach().to(self._anchor_device or known[name].device, copy=True) for name, t in saved.items()}
+
+
+def _schedule(p: float | None, every: int | None, total_steps: int | None) -> MergeSchedule:
+    if p is None:
+        assert every is not None
+        return MergeSchedule(every, total_steps)
+    if total_steps is None:
+        raise MergeError(f"SFA: p={p} is a part of the task, so its length is needed: pass total_steps, or every in place of p")
+    return MergeSchedule.from_fraction(p, total_steps)
+
+
+def _name(parameters: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """Name parameters that come without a module; each is taken once."""
+    named: dict[str, torch.Tensor] = {}
+    for index, item in enumerate(parameters):
+        name, parameter = item if isinstance(item, tuple) else (f"parameter {index}", item)
+        if not isinstance(parameter, torch.Tensor):
+            raise MergeError(
+                f"SFA: {name} is {type(parameter).__name__}; pass a torch.nn.Module, parameters, or pairs of name and parameter"
+            )
+        if not any(parameter is other for other in named.values()):
+            named[name] = parameter
+    return named

@@ -1,0 +1,127 @@
+"""Writes the tables of README.md from a run of the benchmarks: ``python benchmarks/report.py RUN.json [NAME]``.
+
+A summary of the run is kept as ``results/NAME.json``; given that in place of a run, the tables are written again. The tables
+of a trial run (``MERGEKIT_CL_BENCH_SCALE``) are printed, and nothing is written.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- written by report.py -->\n", "<!-- end of what report.py writes -->"
+
+
+def summarize(run: dict[str, Any]) -> dict[str, Any]:
+    """Keep what the tables need of pytest-benchmark's JSON."""
+    machine = run["machine_info"]
+    return {
+        "machine": f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores",
+        "software": {"Python": machine["python_version"], **machine["packages"]},
+        "date": run["datetime"][:10],
+        "scale": machine["scale"],
+        "rows": [_row(benchmark) for benchmark in run["benchmarks"]],
+    }
+
+
+def _row(benchmark: dict[str, Any]) -> Row:
+    """Put the contender that pytest-benchmark timed beside the others, all as [minimum, median] in seconds."""
+    row = dict(benchmark["extra_info"])
+    if "name" in row:
+        stats = benchmark["stats"]
+        times = {row.pop("name"): stats, **row.pop("beside")}
+        row["seconds"] = {name: (round(t["min"], 6), round(t["median"], 6)) for name, t in times.items()}
+    return row
+
+
+def write(summary: dict[str, Any]) -> str:
+    """Write all tables."""
+    software = ", ".join(f"{name} {version}" for name, version in summary["software"].items())
+    parts = [f"{summary['machine']}; {software}; {summary['date']}."]
+    for table, (title, columns) in TABLES.items():
+        rows = [row for row in summary["rows"] if row["table"] == table]
+        if rows:
+            parts += [f"### {title}", _table([columns(row) for row in rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Iterable[dict[str, str]]) -> str:
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _copy_columns(row: Row) -> dict[str, str]:
+    """Compare with the bandwidth of a copy, and with the expression."""
+    seconds, per_copy = row["seconds"], row["bytes"] / row["copied"]
+    ours = ("kernel", "merge(out=)", "merge()")
+    return {
+        **_case(row),
+        **{f"{name} / copy": _ratio(seconds["copy"], seconds[name], per_copy) for name in ours},
+        "kernel / expression": _ratio(seconds["expression"], seconds["kernel"]),
+        "kernel, GB/s": f"{row['bytes'] / seconds['kernel'][0] / 1e9:.1f}",
+        "copy, GB/s": f"{row['copied'] / seconds['copy'][0] / 1e9:.1f}",
+        "copy in one thread, GB/s": f"{row['copied'] / seconds['copy in one thread'][0] / 1e9:.1f}",
+        **{f"{name}, s": _seconds(seconds[name]) for name in (*ours, "expression")},
+    }
+
+
+def _race_columns(row: Row) -> dict[str, str]:
+    """Compare the first contender with the others."""
+    (_, first), *others = row["seconds"].items()
+    return {
+        **_case(row),
+        **{f"times as fast as {name}": _ratio(times, first) for name, times in others},
+        **{f"{name}, s": _seconds(times) for name, times in row["seconds"].items()},
+    }
+
+
+def _first_call_columns(row: Row) -> dict[str, str]:
+    return {**_case(row), **{f"{name}, s": f"{seconds:.3g}" for name, seconds in row["seconds"].items()}}
+
+
+def _case(row: Row) -> dict[str, str]:
+    return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in row["case"].items()}
+
+
+def _ratio(slower: tuple[float, float], faster: tuple[float, float], factor: float = 1) -> str:
+    """Show how many times as fast, from the minima and in parentheses from the medians."""
+    minimum, middle = (factor * a / b for a, b in zip(slower, faster, strict=True))
+    return f"**{minimum:.2f}** ({middle:.2f})"
+
+
+def _seconds(times: tuple[float, float]) -> str:
+    return f"{times[0]:.3g} ({times[1]:.3g})"
+
+
+TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
+    "weighted_sum": ("weighted_sum of arrays of 64 Mi elements", _copy_columns),
+    "torch": ("merge() of two tensors of 64 Mi elements, beside PyTorch", _race_columns),
+    "state_dicts": ("merge() of state dicts, beside mergekit 0.1.5", _race_columns),
+    "sfa_step": ("A step of SFA on a PyTorch model", _race_columns),
+    "first_call": ("The first call of a process", _first_call_columns),
+}
+
+
+def main(path: str, name: str = "") -> None:
+    """Read a run or a summary, keep the summary, and write the tables into README.md."""
+    run = json.loads(Path(path).read_text())
+    summary = summarize(run) if "benchmarks" in run else run
+    if summary["scale"] != 1:
+        print(write(summary))
+        return
+    name = name or re.sub(r"\W+", "-", summary["machine"]).lower()
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
+    (HERE / "README.md").write_text(before + BEGIN + "\n" + write(summary) + "\n" + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

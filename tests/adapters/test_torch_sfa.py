@@ -1,0 +1,312 @@
+"""SFA in a PyTorch training loop: when it merges, what it writes, how it resumes, what it refuses."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mergekit_cl import MergeError, MismatchError, NonFiniteError, merge
+from mergekit_cl.adapters.torch import SFA
+
+X, Y = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+
+
+def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, sfa: SFA | None = None) -> list[int]:
+    merged = []
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X.to(next(model.parameters()).dtype)).float(), Y).backward()
+        optimizer.step()
+        if sfa is not None and sfa.step():
+            merged.append(step)
+    return merged
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "expected"),
+    [
+        ({"p": 0.25, "total_steps": 8}, 8, [2, 4, 6, 8]),
+        ({"total_steps": 8}, 8, [2, 4, 6, 8]),
+        ({"p": 0.4, "total_steps": 10}, 10, [4, 8, 10]),
+        ({"p": 1.0, "total_steps": 5}, 5, [5]),
+        ({"p": 0.01, "total_steps": 3}, 3, [1, 2, 3]),
+        ({"p": 0.25, "total_steps": 10}, 10, [2, 4, 6, 8, 10]),  # round(2.5) is 2
+        ({"every": 3}, 7, [3, 6]),
+        ({"every": 3, "total_steps": 7}, 7, [3, 6, 7]),
+    ],
+)
+def test_merge_points(options: dict[str, Any], steps: int, expected: list[int]) -> None:
+    model = network()
+    sfa = SFA(model, **options)
+    assert train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps, sfa) == expected
+    assert (sfa.merges, sfa.last_merge_step, sfa.step_count) == (len(expected), expected[-1], steps)
+
+
+def test_the_formula_by_hand() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    sfa = SFA([weight], beta=0.25, every=1)
+    with torch.no_grad():
+        weight += torch.tensor([4.0, 0.0])
+    assert sfa.step()
+    assert weight.tolist() == [4.0, 2.0]  # 0.25 * 1 + 0.75 * 5
+    assert sfa.step()
+    assert weight.tolist() == [3.25, 2.0]  # the anchor is still 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_a_loop_by_hand_that_calls_merge(dtype: torch.dtype) -> None:
+    model, by_hand = network(dtype=dtype), network(dtype=dtype)
+    train(model, adam := torch.optim.Adam(model.parameters(), 0.01), 10, SFA(model, beta=0.3, p=0.4, total_steps=10))
+    anchor, optimizer = weights(by_hand), torch.optim.Adam(by_hand.parameters(), 0.01)
+    for step in range(1, 11):
+        train(by_hand, optimizer, 1)
+        if step in (4, 8, 10):
+            by_hand.load_state_dict(merge([anchor, by_hand.state_dict()], beta=0.3))
+    assert equal(weights(model), weights(by_hand))
+    assert adam.state_dict()["state"][0]["step"] == 10
+
+
+def test_attached_to_an_optimizer() -> None:
+    by_step, by_hook = network(), network()
+    train(by_step, torch.optim.SGD(by_step.parameters(), 0.1), 6, SFA(by_step, every=2))
+    optimizer = torch.optim.SGD(by_hook.parameters(), 0.1)
+    sfa = SFA(by_hook, every=2).attach(optimizer)
+    train(by_hook, optimizer, 6)
+    assert sfa.merges == 3
+    assert equal(weights(by_step), weights(by_hook))
+    with pytest.raises(MergeError, match="counts the steps itself"):
+        sfa.step()
+    with pytest.raises(MergeError, match="attached to an optimizer already"):
+        sfa.attach(optimizer)
+    sfa.detach()
+    optimizer.step()
+    assert sfa.step_count == 6
+    assert not sfa.step()
+
+
+@pytest.mark.parametrize("interrupted", range(9))
+def test_resumed_runs_are_bit_equal(interrupted: int) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    sfa = SFA(model, beta=0.4, p=0.25, total_steps=8)
+    train(model, optimizer, interrupted, sfa)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sfa": sfa.state_dict()}, file)
+    train(model, optimizer, 8 - interrupted, sfa)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = network(seed=1)
+    optimizer = torch.optim.Adam(again.parameters(), 0.01)
+    resumed = SFA(again, beta=0.9, every=1)  # the state's settings take over
+    resumed.load_state_dict(saved["sfa"])
+    again.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(again, optimizer, 8 - interrupted, resumed)
+    assert equal(weights(model), weights(again))
+    assert (resumed.beta, resumed.p, resumed.merges) == (0.4, 0.25, 4)
+
+
+def test_a_state_is_not_changed_by_training_on() -> None:
+    model = network()
+    sfa = SFA(model, every=1)
+    state = sfa.state_dict()
+    before = copy.deepcopy(state)
+    train(model, torch.optim.SGD(model.parameters(), 0.1), 2, sfa)
+    sfa.new_task()
+    assert state["step_count"] == before["step_count"] == 0
+    assert equal(state["anchor"], before["anchor"])
+
+
+def test_a_new_task_has_a_new_anchor() -> None:
+    weight = nn.Parameter(torch.tensor([0.0]))
+    sfa = SFA([weight], beta=0.5, p=1, total_steps=1)
+    for task in range(2):
+        with torch.no_grad():
+            weight += 4
+        assert sfa.step()
+        assert weight.item() == [2, 4][task]
+        sfa.new_task(total_steps=1)
+    with pytest.raises(MergeError, match="pass total_steps"):
+        sfa.new_task()
+
+
+def test_frozen_parameters_cost_nothing_and_buffers_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model[0].requires_grad_(False)
+    sfa = SFA(model, beta=1.0, every=1)
+    assert sorted(sfa.anchor) == ["1.bias", "1.weight", "2.bias", "2.weight"]
+    mean = model[1].running_mean.clone()
+    before = weights(model)
+    train(model, torch.optim.SGD(model.parameters(), 0.1), 1, sfa)
+    assert torch.equal(model[2].weight, before["2.weight"])
+    assert not torch.equal(model[1].running_mean, mean)
+
+
+def test_parameters_unfrozen_on_the_way_are_refused_at_the_merge() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    sfa = SFA(model, every=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    train(model, optimizer, 1, sfa)
+    model[0].requires_grad_(True)
+    with pytest.raises(MergeError, match=r'"0.weight" was frozen.*call new_task\(\)'):
+        train(model, optimizer, 1, sfa)
+    sfa.new_task()
+    assert train(model, optimizer, 2, sfa) == [2]
+
+
+def test_tied_parameters_are_merged_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    sfa = SFA(model, beta=0.5, every=1)
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight += 1
+    sfa.step()
+    torch.testing.assert_close(model[1].weight, before + 0.5)
+    assert SFA([*model.parameters(), *model.parameters()], every=1).anchor.keys() == {"parameter 0"}
+
+
+def test_non_finite_parameters_are_named_and_nothing_is_written() -> None:
+    model = network()
+    sfa = SFA(model, every=1)
+    with torch.no_grad():
+        model[2].bias[1] = float("nan")
+        model[0].weight += 1
+    before = weights(model)
+    with pytest.raises(NonFiniteError, match=r'SFA, step 1: nothing was merged\ncurrent, tensor "2.bias": 1 NaN'):
+        sfa.step()
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert sfa.step_count == 0
+    with pytest.raises(NonFiniteError, match=r'the anchor of "2.bias" would hold NaN'):
+        SFA(model, every=1)
+
+
+def test_parameters_stay_where_they_are_and_autograd_sees_the_write() -> None:
+    model = network()
+    sfa = SFA(model, every=1)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    loss = model(X).square().sum()
+    sfa.step()
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_anchor_dtype() -> None:
+    weight = nn.Parameter(torch.tensor([1.0 + 2**-9, 70000.0]))
+    sfa = SFA([weight], beta=1.0, every=1, anchor_dtype=torch.bfloat16, anchor_device="cpu")
+    assert sfa.anchor["parameter 0"].dtype == torch.bfloat16
+    sfa.step()
+    assert weight.tolist() == [1.0, 70144.0]
+    with pytest.raises(NonFiniteError, match="parameter 0"):
+        SFA([weight], every=1, anchor_dtype=torch.float16)
+
+
+def test_weights_loaded_by_assignment_are_found() -> None:
+    model = network()
+    sfa = SFA(model, beta=1.0, every=1)
+    anchor = weights(model)
+    for seed in (1, 2):
+        model.load_state_dict(network(seed).state_dict(), assign=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        sfa.step()
+        assert equal(weights(model), anchor)
+
+
+def test_strided_parameters() -> None:
+    weight = nn.Parameter(torch.zeros(3, 2).t())
+    sfa = SFA({"w": weight}.items(), beta=0.5, every=1)
+    for _ in range(2):
+        with torch.no_grad():
+            weight.fill_(4)
+        sfa.step()
+        assert (weight == 2).all()
+
+
+def test_names_of_compiled_models_are_those_of_the_model() -> None:
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    assert SFA(compiled, every=1).anchor.keys() == SFA(model, every=1).anchor.keys()
+
+
+def test_steps_beyond_the_task_are_reported_once() -> None:
+    model = network()
+    sfa = SFA(model, p=0.5, total_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    assert train(model, optimizer, 2, sfa) == [1, 2]
+    with pytest.warns(UserWarning, match="2 steps are over"):
+        sfa.step()
+    assert not sfa.step()
+
+
+def test_loss_scaling_skips_are_not_steps_when_attached() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sfa = SFA(model, every=1).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for spoil in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(X), Y)).backward()
+        if spoil:
+            model[0].weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+    assert sfa.step_count == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((), {"p": 0.5}, "pass total_steps"),
+        ((), {}, "pass total_steps"),
+        ((), {"p": 0.5, "every": 2, "total_steps": 4}, "both p and every"),
+        ((1.5,), {"every": 1}, r"beta=1.5: must be in \[0, 1\]"),
+        ((0.5, 0), {"total_steps": 4}, "p=0: must be a fraction"),
+        ((0.5, 1.2), {"total_steps": 4}, "p=1.2: must be a fraction"),
+        ((), {"every": 0}, "every=0"),
+        ((), {"every": 2.5}, "every=2.5"),
+        ((), {"total_steps": 0}, "total_steps=0"),
+    ],
+)
+def test_bad_settings(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergeError, match=message):
+        SFA(network(), *arguments, **options)
+
+
+def test_nothing_to_train_and_strange_parameters() -> None:
+    with pytest.raises(MergeError, match="no parameter requires a gradient"):
+        SFA(network().requires_grad_(False), every=1)
+    with pytest.raises(MergeError, match="parameter 0 is int"):
+        SFA([3], every=1)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    sfa = SFA(network(), every=1)
+    state = SFA(nn.Linear(2, 2), every=1).state_dict()
+    with pytest.raises(MismatchError, match='the saved anchor has "weight", which the model lacks'):
+        sfa.load_state_dict(state)
+    with pytest.raises(MergeError, match='lacks "anchor"'):
+        sfa.load_state_dict({k: v for k, v in state.items() if k != "anchor"})
+    wrong = SFA(network(), every=1).state_dict()
+    wrong["anchor"]["0.bias"] = torch.zeros(2)
+    with pytest.raises(MismatchError, match=r'"0.bias": the saved anchor has shape \(2,\), the model \(8,\)'):
+        sfa.load_state_dict(wrong)

@@ -1,0 +1,36 @@
+"""Set up before any test: Triton's interpreter, eight JAX devices, hypothesis without a deadline."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from mergekit_cl import registry
+
+settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _own_registry() -> Iterator[None]:
+    """Forget the methods that a test registers."""
+    before = dict(registry._methods)
+    yield
+    registry._methods.clear()
+    registry._methods.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _numpy_in_doctests(doctest_namespace: dict[str, object]) -> None:
+    doctest_namespace["np"] = np
+    try:
+        import torch
+    except ImportError:
+        return
+    doctest_namespace["torch"] = torch
