@@ -24,7 +24,7 @@ bench: $(BENCH)
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 
 docs: $(READY)  # write the generated parts of README.md
-	$(BIN)/python tests/test_readme.py
+	$(BIN)/python tests/test_documentation.py
 
 # torch first, and pinned: the constraint keeps pip from choosing another build for a package that needs torch
 $(READY): pyproject.toml constraints.txt

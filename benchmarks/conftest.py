@@ -18,12 +18,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 SCALE = float(os.environ.get("MERGEKIT_CL_BENCH_SCALE", "1"))
 THREADS = 2
 
+_LOAD = os.getloadavg()[0]
 _UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["packages"] = {name: version(name) for name in ("numpy", "numba", "torch", "mergekit")}
-    machine_info["scale"] = SCALE
+    machine_info.update(scale=SCALE, load=_LOAD)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,9 +61,7 @@ def transformer() -> Callable[..., dict[str, torch.Tensor]]:
         width = isqrt(elements // 460)
         square, wide, tall = (width, width), (width * 8 // 3, width), (width, width * 8 // 3)
         layer = {"q": square, "k": square, "v": square, "o": square, "gate": wide, "up": wide, "down": tall}
-        shapes: dict[str, tuple[int, ...]] = {
-            f"layers.{n}.{name}": shape for n in range(33) for name, shape in layer.items()
-        }
+        shapes: dict[str, tuple[int, ...]] = {f"layers.{n}.{name}": shape for n in range(33) for name, shape in layer.items()}
         norms = {f"layers.{n}.{name}": (width,) for n in range(33) for name in ("norm_1", "norm_2")}
         ends = {"embedding": (32 * width, width), "head": (32 * width, width), "norm": (width,)}
         generator = torch.Generator().manual_seed(seed)
@@ -108,9 +107,7 @@ def check() -> Callable[..., None]:
         inputs = np.stack([_exact(model, sample) for model in models])
         expected = np.array(weights) @ inputs
         arithmetic = 16 * _UNIT_ROUNDOFF["float32"] * np.abs(inputs).max(axis=0)
-        rounding = (
-            roundings * _UNIT_ROUNDOFF[str(result.dtype).removeprefix("torch.")] * (np.abs(expected) + arithmetic)
-        )
+        rounding = roundings * _UNIT_ROUNDOFF[str(result.dtype).removeprefix("torch.")] * (np.abs(expected) + arithmetic)
         np.testing.assert_array_less(np.abs(_exact(result, sample) - expected), arithmetic + rounding)
 
     return run

@@ -1,7 +1,7 @@
 """Writes the tables of README.md from a run of the benchmarks: ``python benchmarks/report.py RUN.json [NAME]``.
 
-A summary of the run is kept as ``results/NAME.json``; given that in place of a run, the tables are written again. The tables
-of a trial run (``MERGEKIT_CL_BENCH_SCALE``) are printed, and nothing is written.
+A summary of the run is kept as ``results/NAME.json``; given that in place of a run, the tables are written again.
+The tables of a trial run (``MERGEKIT_CL_BENCH_SCALE``) are printed, and nothing is written.
 """
 
 import json
@@ -25,6 +25,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "software": {"Python": machine["python_version"], **machine["packages"]},
         "date": run["datetime"][:10],
         "scale": machine["scale"],
+        "load": machine["load"],
         "rows": [_row(benchmark) for benchmark in run["benchmarks"]],
     }
 
@@ -42,7 +43,7 @@ def _row(benchmark: dict[str, Any]) -> Row:
 def write(summary: dict[str, Any]) -> str:
     """Write all tables."""
     software = ", ".join(f"{name} {version}" for name, version in summary["software"].items())
-    parts = [f"{summary['machine']}; {software}; {summary['date']}."]
+    parts = [f"{summary['machine']}; {software}; {summary['date']}; load average before the run {summary['load']:.1f}."]
     for table, (title, columns) in TABLES.items():
         rows = [row for row in summary["rows"] if row["table"] == table]
         if rows:

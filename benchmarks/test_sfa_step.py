@@ -48,10 +48,7 @@ def test_sfa_step(
         {
             "SFA.step": sfa.step,
             "torch._foreach_lerp_": lambda: torch._foreach_lerp_(lerped, kept, 0.5),
-            **{
-                f"AveragedModel, {name}": partial(average.update_parameters, trained)
-                for name, average in averages.items()
-            },
+            **{f"AveragedModel, {name}": partial(average.update_parameters, trained) for name, average in averages.items()},
         },
         rounds=15,
         table="sfa_step",

@@ -37,7 +37,7 @@ def test_interpolation(
     check(lerp(), [a, b], [0.75, 0.25])
     rival = "torch._foreach_lerp_" if into == "the first model" else "torch.lerp"
     race(
-        {"merge()": lambda: merged(target), 'nonfinite="allow"': lambda: merged(target, "allow"), "PyTorch": lerp},
+        {"merge()": lambda: merged(target), 'merge(nonfinite="allow")': lambda: merged(target, "allow"), "PyTorch": lerp},
         rounds=15,
         table="torch",
         case={"dtype": str(dtype).removeprefix("torch."), "into": into, "PyTorch": rival},

@@ -76,7 +76,8 @@ def methods(
         console.print(methods_table())
         console.print("A method's whole documentation: mergekit-cl methods NAME", highlight=False)
     else:
-        console.print(documentation(find(name)), soft_wrap=not console.is_terminal)  # a pipe gets lines as written
+        text = documentation(find(name), reflow=console.is_terminal)
+        console.print(text, soft_wrap=not console.is_terminal)  # a file gets the lines as they were written
 
 
 def methods_table() -> Table:
@@ -92,13 +93,16 @@ def methods_table() -> Table:
     return table
 
 
-def documentation(method: Method) -> Text:
-    """Lay out everything that is known about a method."""
+def documentation(method: Method, *, reflow: bool = False) -> Text:
+    """Lay out everything that is known about a method; reflow joins the lines of its paragraphs, but not of examples."""
+    paragraphs = method.documentation.split("\n\n")
+    if reflow:
+        paragraphs = [p if re.search(r"^(>>>|\s|[-*] )", p, re.MULTILINE) else p.replace("\n", " ") for p in paragraphs]
     facts = {"base": method.base, "models": _models(method), "paper": method.paper}
     return Text("\n").join([
         Text(method.name, style="bold"),
         Text(),
-        _code(method.documentation),
+        _code("\n\n".join(paragraphs)),
         Text(),
         Text("Parameters", style="bold"),
         *(Text("  ") + parameter for parameter in _parameters(method) or [Text("none")]),

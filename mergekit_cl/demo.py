@@ -108,9 +108,8 @@ def run_demo(
         merged = _merge_with_all(files[PLAIN], start, tasks, seed)
     _draw(accuracy, picture)
     results = DemoResults(seed, accuracy, merged, (picture, start, *files[PLAIN], *files[AVERAGED]))
-    console.print(runs_table(results), merges_table(results), sep="\n\n")
-    console.print(summary(results), highlight=False)
-    console.print("\nWritten:", *results.files, sep="\n  ", soft_wrap=True, highlight=False, markup=False)
+    console.print(runs_table(results), "", merges_table(results), "", summary(results), "", sep="\n", highlight=False)
+    console.print("Written:", *results.files, sep="\n  ", soft_wrap=True, highlight=False, markup=False)
     return results
 
 
@@ -207,8 +206,8 @@ def runs_table(results: DemoResults) -> Table:
     headings = [metric.__name__.replace("_", "\n") for metric in METRICS]
     table = _table("Accuracy after the last task, in %", "run", *ROTATIONS, *headings)
     table.caption = (
-        "Backward transfer: the change on earlier tasks since they were learned, in points.\n"
-        "Learning accuracy: the average of each task just after it was learned."
+        "Backward transfer: the change of earlier tasks since learned, in points.\n"
+        "Learning accuracy: the average over tasks, each just after it was learned."
     )
     for run, matrix in results.accuracy.items():
         table.add_row(run, *_percent([*matrix[-1], *(metric(matrix) for metric in METRICS)]))
@@ -234,21 +233,22 @@ def merges_table(results: DemoResults) -> Table:
 def summary(results: DemoResults) -> str:
     """Say in one sentence what the numbers say."""
     plain, sfa = results.accuracy[PLAIN], results.accuracy[AVERAGED]
-    parts = [f"{metric.__name__.replace('_', ' ')} {_compare(metric(sfa), metric(plain))}" for metric in METRICS]
-    text = f"In this run (seed {results.seed}), SFA has an {parts[0]} than plain {PLAIN}, a {parts[1]}, and a {parts[2]}"
+    *parts, last = [f"{metric.__name__.replace('_', ' ')} {_compare(metric(sfa), metric(plain))}" for metric in METRICS]
+    text = f"In this run (seed {results.seed}), compared with {PLAIN} alone, SFA has an {', a '.join(parts)}, and a {last}"
     averages = {name: result.accuracy.mean() for name, result in results.merged.items() if result.accuracy is not None}
     if averages:
         best = max(averages, key=averages.__getitem__)
         against = _compare(averages[best], average_accuracy(sfa))
-        text += f"; the best merge of the saved checkpoints, {best}, has an average {against} than SFA while training"
+        text += f"; compared with SFA, the best merge of the saved checkpoints, {best}, has an average accuracy {against}"
     return f"{text}."
 
 
 def _compare(new: float, old: float) -> str:
     """Put two fractions into words: ``12.0 points higher (60.0 instead of 48.0)``."""
     new, old = round(100 * new, 1), round(100 * old, 1)
-    word = "higher" if new > old else "lower"
-    return f"{abs(new - old):.1f} points {word} ({new:.1f} instead of {old:.1f})"
+    if new == old:
+        return f"as high ({new:.1f})"
+    return f"{abs(new - old):.1f} points {'higher' if new > old else 'lower'} ({new:.1f} instead of {old:.1f})"
 
 
 def _table(title: str, *columns: str) -> Table:

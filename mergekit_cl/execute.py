@@ -104,7 +104,9 @@ class Executor:
                 self._check_before_writing(batches)
             if self.plan.in_place and not self.plan.method.surveys:
                 self._batches = batches  # neither the memory nor the weights will change
-            spoiled = [row for batch in batches for row in self._apply(batch, advance)]
+            # after a check backwards, because what has been read last is still in the cache
+            order = reversed(batches) if self.plan.check_first else batches
+            spoiled = [row for batch in order for row in self._apply(batch, advance)]
             if spoiled and self.nonfinite == "error":
                 raise self._explain(spoiled)
         rows = [row for batch in batches for row in batch.rows]
@@ -219,14 +221,16 @@ class Executor:
                 spoiled |= ~np.isfinite(self._largest(batch.inputs)).all(axis=1)
         else:
             call = partial(self.backend.weighted_sum, batch.table, batch.weights, batch.about)
-        for pieces, flags in self._map(call, batch.table):
+        for pieces, flags in self._map(call, batch.table, backwards=self.plan.check_first):
             spoiled |= flags
             advance(int((pieces[:, 2] - pieces[:, 1]).sum()))
         return [row for row, bad in zip(batch.rows, spoiled, strict=True) if bad]
 
-    def _map(self, call: Callable[[Array], Any], table: Table) -> Iterable[tuple[Array, Any]]:
+    def _map(self, call: Callable[[Array], Any], table: Table, backwards: bool = False) -> Iterable[tuple[Array, Any]]:
         """Call a kernel for all pieces of a table, in threads on a CPU; yield each share of pieces with its result."""
         shares = deal(table.lengths, self.threads, CHUNK) if self.plan.device == "cpu" else [table.whole]
+        if backwards:
+            shares.reverse()
         return zip(shares, (self._pool.map if self._pool else map)(call, shares), strict=True)
 
     # Checks

@@ -154,6 +154,8 @@ def _difference(entry: Entry, other: Entry, label: str) -> str:
         return f"on {entry.device}, but {label} is on {other.device}; move all models to one device"
     if (entry.dtype in EXACT) != (other.dtype in EXACT):
         return f"dtype {entry.dtype}, but {label} has {other.dtype}; integers cannot be merged with floating numbers"
+    if entry.dtype in EXACT and entry.dtype != other.dtype:
+        return f"dtype {entry.dtype}, but {label} has {other.dtype}; integers are copied as they are, so make the dtypes equal"
     return ""
 
 

@@ -51,6 +51,15 @@ def test_methods_name_prints_the_whole_documentation() -> None:
     assert f"paper:  {method.paper}\n" in result.stdout
 
 
+def test_a_terminal_gets_paragraphs_reflowed_and_examples_as_they_are() -> None:
+    paragraphs = mergekit_cl.methods()["sfa"].documentation.replace("`", "").split("\n\n")
+    text = cli.documentation(mergekit_cl.methods()["sfa"], reflow=True).plain
+    assert paragraphs[1] not in text
+    assert paragraphs[1].replace("\n", " ") in text
+    assert ">>> " in paragraphs[2]
+    assert paragraphs[2] in text
+
+
 def test_number_of_models() -> None:
     assert "models: 1\n" in runner.invoke(app, ["methods", "wise_ft"]).stdout
     assert "models: 1 or more\n" in runner.invoke(app, ["methods", "linear"]).stdout

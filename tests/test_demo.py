@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import mergekit_cl
-from mergekit_cl import MergeError, demo
+from mergekit_cl import MergeError, demo, registry
 
 pytest.importorskip("torch")
 pytest.importorskip("mlxtend")
@@ -29,6 +29,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return results, output.getvalue(), folder / "new" / "out"
 
 
+@pytest.fixture(scope="module")
+def tasks() -> list[demo.Task]:
+    return demo.rotated_digits(seed=0)
+
+
 def accuracy_of(weights: dict[str, NDArray[Any]], task: demo.Task) -> float:
     """Score weights on a task in NumPy, without torch or the demo's own code."""
     activation = np.asarray(task.test_images, np.float64)
@@ -38,8 +43,7 @@ def accuracy_of(weights: dict[str, NDArray[Any]], task: demo.Task) -> float:
     return float((activation.argmax(1) == np.asarray(task.test_digits)).mean())
 
 
-def test_data_are_the_rotated_digits_split_by_digit() -> None:
-    tasks = demo.rotated_digits(seed=0)
+def test_data_are_the_rotated_digits_split_by_digit(tasks: list[demo.Task]) -> None:
     upright = np.asarray(tasks[0].train_images).reshape(-1, 28, 28)
     for turns, task in enumerate(tasks):
         assert task.train_images.shape == (4000, 784)
@@ -51,9 +55,8 @@ def test_data_are_the_rotated_digits_split_by_digit() -> None:
     assert not train & test
 
 
-def test_matrices_are_the_accuracies_of_the_saved_weights(run: Run) -> None:
+def test_matrices_are_the_accuracies_of_the_saved_weights(run: Run, tasks: list[demo.Task]) -> None:
     results, _, folder = run
-    tasks = demo.rotated_digits(seed=0)
     for name, matrix in results.accuracy.items():
         assert matrix.shape == (4, 4)
         for after, row in enumerate(matrix):
@@ -67,21 +70,29 @@ def test_sfa_starts_after_the_first_task(run: Run) -> None:
     assert plain[1].tolist() != sfa[1].tolist()
 
 
+def assert_average(merged: dict[str, Any], *files: Path) -> None:
+    """Check weights against the float64 average of files, within the library's error bound for float32."""
+    models = [load_file(file) for file in files]
+    assert merged.keys() == models[0].keys()
+    for name, tensor in merged.items():
+        values = np.stack([model[name] for model in models]).astype(np.float64)
+        exact = values.mean(axis=0)
+        bound = 2**-24 * np.abs(exact) + 2**-22 * np.abs(values).mean(axis=0)
+        assert (np.abs(np.asarray(tensor, np.float64) - exact) <= bound).all()
+
+
 def test_linear_is_the_average_of_the_saved_files(run: Run) -> None:
     results, _, folder = run
-    files = [load_file(folder / "weights" / f"fine-tuning-after-task-{task}.safetensors") for task in range(4)]
-    for name, merged in results.merged["linear"].weights.items():
-        exact = np.mean([file[name].astype(np.float64) for file in files], axis=0)
-        np.testing.assert_allclose(np.asarray(merged), exact, rtol=2**-23, atol=1e-9)
+    files = [folder / "weights" / f"fine-tuning-after-task-{task}.safetensors" for task in range(4)]
+    assert results.merged["linear"].inputs == "all 4"
+    assert_average(results.merged["linear"].weights, *files)
 
 
-def test_wise_ft_lies_between_the_start_and_the_last_checkpoint(run: Run) -> None:
+def test_wise_ft_is_halfway_from_the_start_to_the_last_checkpoint(run: Run) -> None:
     results, _, folder = run
-    start, last = (load_file(folder / "weights" / f"{name}.safetensors") for name in ("start", "fine-tuning-after-task-3"))
+    files = [folder / "weights" / f"{name}.safetensors" for name in ("start", "fine-tuning-after-task-3")]
     assert results.merged["wise_ft"].inputs == "last + start"
-    for name, merged in results.merged["wise_ft"].weights.items():
-        exact = (start[name].astype(np.float64) + last[name]) / 2
-        np.testing.assert_allclose(np.asarray(merged), exact, rtol=2**-23, atol=1e-9)
+    assert_average(results.merged["wise_ft"].weights, *files)
 
 
 def test_tables_have_every_run_and_every_method(run: Run) -> None:
@@ -137,13 +148,45 @@ def test_summary_says_what_the_numbers_say() -> None:
     assert "seed 5" in better
     assert "average accuracy 12.5 points higher (62.5 instead of 50.0)" in better
     assert "backward transfer 25.0 points higher (-25.0 instead of -50.0)" in better
-    assert "learning accuracy equal (75.0)" in better
+    assert "learning accuracy as high (75.0)" in better
     assert "mean, has an average accuracy 2.5 points lower (60.0 instead of 62.5)" in better
     worse = demo.summary(results_of(plain=0.5, sfa=0.25, merged=0.6))
     assert "average accuracy 12.5 points lower (50.0 instead of 62.5)" in worse
     assert "backward transfer 25.0 points lower (-50.0 instead of -25.0)" in worse
     assert "mean, has an average accuracy 10.0 points higher (60.0 instead of 50.0)" in worse
     assert "merge" not in demo.summary(replace(results_of(0.5, 0.5, 0.5), merged={}))
+
+
+def test_methods_that_need_parameters_or_fail_are_listed(
+    run: Run, tasks: list[demo.Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, _, folder = run
+    monkeypatch.setattr(registry, "_methods", dict(registry.methods()))
+
+    @mergekit_cl.method(paper="https://example.org")
+    def sparse(scope: mergekit_cl.Scope, *, density: mergekit_cl.Fraction, t: float) -> mergekit_cl.Sum:
+        """Weigh the models by density (0.2) and t (0.5)."""
+        return mergekit_cl.Sum([density, t, 0, 0])
+
+    @mergekit_cl.method(paper="https://example.org", models=(2, 2))
+    def strange(scope: mergekit_cl.Scope, *, strangeness: float) -> mergekit_cl.Sum:
+        """Have a parameter that the demo has no value for."""
+        raise AssertionError
+
+    @mergekit_cl.method(paper="https://example.org", models=(5, None))
+    def many(scope: mergekit_cl.Scope) -> mergekit_cl.Sum:
+        """Need more models than there are."""
+        raise AssertionError
+
+    files = [folder / "weights" / f"fine-tuning-after-task-{task}.safetensors" for task in range(4)]
+    merged = demo._merge_with_all(files, folder / "weights" / "start.safetensors", tasks, seed=0)
+    bias = [load_file(file)["4.bias"].astype(np.float64) for file in files]
+    np.testing.assert_allclose(merged["sparse"].weights["4.bias"], 0.2 * bias[0] + 0.5 * bias[1], rtol=1e-6, atol=1e-8)
+    assert merged["strange"].problem == "needs parameters: strangeness"
+    assert merged["many"].problem == "many merges 5 or more models, but got 4"
+    output = io.StringIO()
+    Console(file=output, width=80).print(demo.merges_table(replace(results, merged=merged)))
+    assert "strangeness" in output.getvalue()
 
 
 @pytest.mark.parametrize("package", ["torch", "mlxtend", "matplotlib"])

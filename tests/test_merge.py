@@ -1,5 +1,6 @@
 """merge() on arrays: hand-computed numbers, kinds of models, bad input."""
 
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -131,6 +132,16 @@ class TestMappings:
         assert list(merged) == ["a", "b"]
         assert merged["b"].tolist() == [3]
 
+    def test_any_mapping_is_a_model_and_names_must_be_unique(self) -> None:
+        frozen = MappingProxyType({"w": f32([2])})
+        assert merge([frozen, {"w": f32([4])}]) == {"w": f32([3])}
+        with pytest.raises(MergeError, match=r'model 0: two tensors are called "a.b"'):
+            merge([{"a.b": f32([1]), "a": {"b": f32([2])}}] * 2)
+
+    def test_integers_of_different_width_are_refused(self) -> None:
+        with pytest.raises(MismatchError, match="dtype int32, but model 0 has int64"):
+            merge([{"n": np.arange(3)}, {"n": np.arange(3, dtype=np.int32)}])
+
     def test_tied_tensors_stay_tied(self) -> None:
         def model(value: float) -> dict[str, np.ndarray]:
             shared = f32([value, value])
@@ -154,6 +165,16 @@ class TestMappings:
         models[1]["ids"] = np.arange(1, 4)
         with pytest.raises(MismatchError, match=r'model 1, tensor "ids": its int64 values differ'):
             merge(models)
+
+    def test_memory_that_is_not_aligned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mergekit_cl.kernels.numba.streaming.LEAST", 1)
+        buffers = [bytearray(4 * 5000 + 1) for _ in range(2)]
+        older, newer = (np.frombuffer(buffer, F32, offset=1) for buffer in buffers)
+        newer += 4
+        assert not newer.flags.aligned
+        assert (merge([older, newer], beta=0.25) == 3).all()
+        assert (merge([older, newer], beta=0.25, out=newer) == 3).all()
+        assert (newer == 3).all()
 
     def test_strided_and_foreign_endian_arrays(self) -> None:
         grid = np.arange(12, dtype=F32).reshape(3, 4)

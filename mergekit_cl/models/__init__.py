@@ -100,8 +100,8 @@ def open_model(value: Any, where: str) -> Model:
         return _opened({"": value}, lambda leaves: leaves[""], where)
     if torch is not None and isinstance(value, torch.nn.Module):
         return _open_module(value, where)
-    if type(value).__module__ in ("builtins", "collections") and isinstance(value, Mapping) and _only_arrays(value):
-        return _opened(dict(_walk(value, "")), lambda leaves: _refill(value, leaves, ""), where)
+    if isinstance(value, dict) and _only_arrays(value):
+        return _open_mapping(value, where)
     if jax is not None:
         from mergekit_cl.models.jax import flatten
 
@@ -109,6 +109,8 @@ def open_model(value: Any, where: str) -> Model:
         if leaves:
             return _opened(leaves, rebuild, where)
     if isinstance(value, Mapping):
+        if not isinstance(value, dict) and _only_arrays(value):
+            return _open_mapping(dict(value), where)
         strange = next(((k, v) for k, v in value.items() if library_of(v) is None), ("", value))
         detail = "it is empty" if not value else f'"{strange[0]}" is {type(strange[1]).__name__}, not an array'
     else:
@@ -140,6 +142,15 @@ def _open_module(module: Any, where: str) -> Model:
         return _open_module(copy_module(module, dtype), where)
 
     return replace(_opened(module_tensors(module), lambda _: module, where), own_copy=own_copy)
+
+
+def _open_mapping(mapping: dict[Any, Any], where: str) -> Model:
+    leaves: dict[str, Leaf] = {}
+    for name, leaf in _walk(mapping, ""):
+        if name in leaves:
+            raise MergeError(f'{where}: two tensors are called "{name}"; rename one')
+        leaves[name] = leaf
+    return _opened(leaves, lambda new: _refill(mapping, new, ""), where)
 
 
 def _only_arrays(mapping: Mapping[Any, Any]) -> bool:

@@ -27,7 +27,7 @@ def memory(leaf: Array) -> tuple[int, int]:
 
 def span(leaf: Array) -> Span:
     leaf = np.asarray(leaf)
-    return np.ascontiguousarray(leaf, leaf.dtype.newbyteorder("=")).reshape(-1)
+    return np.require(leaf, leaf.dtype.newbyteorder("="), ["C", "ALIGNED"]).reshape(-1)
 
 
 def empty(leaf: Array, dtype: str) -> Span:
@@ -42,7 +42,8 @@ def build(span: Span, leaf: Array) -> Array:
 def writable(leaf: Array) -> Span | None:
     if not isinstance(leaf, np.ndarray) or not leaf.flags.writeable:
         raise MergeError("the array is read-only; pass out= arrays that can be written")
-    return leaf.reshape(-1) if leaf.flags.c_contiguous and leaf.dtype.isnative else None
+    plain = leaf.flags.c_contiguous and leaf.flags.aligned and leaf.dtype.isnative
+    return leaf.reshape(-1) if plain else None
 
 
 def written(leaf: Array, span: Span | None) -> None:

@@ -41,6 +41,8 @@ def memory(leaf: torch.Tensor) -> tuple[int, int]:
 
 def span(leaf: torch.Tensor) -> Span:
     flat = leaf.detach().resolve_neg().contiguous().view(-1)
+    if flat.data_ptr() % flat.element_size():
+        flat = flat.clone()
     if flat.device.type != "cpu":
         return flat
     if flat.dtype == torch.bfloat16:
@@ -61,7 +63,8 @@ def build(span: Span, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def writable(leaf: torch.Tensor) -> Span | None:
-    return span(leaf) if leaf.is_contiguous() and not leaf.is_neg() else None
+    plain = leaf.is_contiguous() and not leaf.is_neg() and leaf.data_ptr() % leaf.element_size() == 0
+    return span(leaf) if plain else None
 
 
 def written(leaf: torch.Tensor, span: Span | None) -> None:

@@ -35,7 +35,7 @@ GUARD = 9
 
 def specials(dtype: str) -> Array:
     """Signed zeros, subnormals, the limits, and a few ordinary values of a dtype."""
-    limits: Any = ml_dtypes.finfo(type_of[dtype])  # type: ignore[no-untyped-call]
+    limits: Any = ml_dtypes.finfo(type_of[dtype])
     small, tiny, largest = limits.smallest_subnormal, limits.tiny, limits.max
     positive = [0, small, small * 3, tiny - small, tiny, limits.eps, 1, 1 + limits.eps, 3.140625, largest, np.inf]
     values = np.array(positive, type_of[dtype])
@@ -118,7 +118,7 @@ def merged(module: Any, rows: list[list[Array]], weights: Any, about: bool) -> t
     return [row[-1] for row in table.spans], nonfinite.tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_weighted_sum(case: Case) -> None:
     expected, table, weights = case.open()
@@ -213,12 +213,13 @@ def test_overflow_of_the_output_is_flagged_in_its_row() -> None:
 @pytest.mark.parametrize("about", [True, False])
 def test_gram(dtypes: tuple[str, ...], about: bool) -> None:
     random = np.random.default_rng(3)
-    sizes = [2 * BLOCK + 5, 700, BLOCK]
-    pieces = np.array([[0, BLOCK, 2 * BLOCK + 5], [2, 0, BLOCK], [1, 0, 700], [0, 0, BLOCK]], np.int64)
+    sizes = [BLOCK + 3000, 700]
+    pieces = np.array([[1, 0, 700], [0, 0, BLOCK + 3000]], np.int64)
     whole = Table([[random.integers(-8, 9, size).astype(type_of[dtype]) for dtype in dtypes] for size in sizes])
     # Sums of small integers are exact, in whatever order
-    np.testing.assert_array_equal(backend.gram(whole, about, pieces), oracle.gram(whole, about, pieces))
-    assert len(backend.gram(whole, about, pieces)) == 5
+    found = backend.gram(whole, about, pieces)
+    assert len(found) == 3
+    np.testing.assert_array_equal(found, oracle.gram(whole, about, pieces))
     lengths = [9000, 10]
     reals = Table([[random.standard_normal(size).astype(type_of[dtype])[1:] for dtype in dtypes] for size in lengths])
     found, expected = (module.gram(reals, about, reals.whole) for module in (backend, oracle))
