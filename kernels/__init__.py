@@ -8,7 +8,7 @@ elements; pieces never overlap, so a table may be split among threads in any way
 Each backend is a module with the functions of `Backend`, and all backends give the same bits:
 
 - products, sums and differences are rounded one by one (no FMA contraction) in the *compute type*: float32, or float64 where
-  a floating column is float64; terms are taken in the order of the columns;
+  an input is float64; terms are taken in the order of the columns;
 - bfloat16 and float16 are widened exactly and rounded once, to nearest even, also from float64.
 """
 
@@ -84,7 +84,7 @@ class Backend(Protocol):
         Args:
             table: Columns [ref, x_0, ..., x_{K-1}, out] about a reference, else [x_0, ..., x_{K-1}, out]. ``out`` may be one
                 of the inputs of its row.
-            weights: [rows, K] in the table's compute type.
+            weights: [rows, K]; their dtype is the compute type, that of the inputs (`Table.compute` without the output).
             about: Whether column 0 is the reference. An entry equal to it contributes exactly nothing, so that entries in
                 which all inputs agree keep their bits (signed zeros and infinities too).
             pieces: What to compute.

@@ -32,7 +32,7 @@ Advance: TypeAlias = Callable[[int], None]
 """Called with the number of elements that have been merged since the last call."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Row:
     """One tensor of an apply step: the memory that it is read from, and the memory that it is written to."""
 
@@ -51,7 +51,7 @@ class _Batch:
         self.about = rows[0].terms.reference is not None
         self.inputs = Table([row.inputs for row in rows])
         self.table = Table([(*row.inputs, row.out) for row in rows])
-        self.weights = np.array([row.terms.weights for row in rows], self.table.compute)
+        self.weights = np.array([row.terms.weights for row in rows], self.inputs.compute)
         self.copied = rows[0].terms.copied is not None and self.table.dtypes[0] == self.table.dtypes[1]
 
 
@@ -179,19 +179,20 @@ class Executor:
             batches.setdefault(item.dtype, []).append(_Row(item, _FIRST, self.spans[item.name][:1], self._output(item)))
         for item, step in steps:
             spans = self.spans[item.name]
-            terms = self._terms(step, Table([spans]).compute)
+            terms = self._terms(step, spans)
             row = _Row(item, terms, tuple(spans[source] for source in terms.inputs), self._output(item))
             dtypes = Table([(*row.inputs, row.out)]).dtypes
             batches.setdefault((terms.inputs, terms.reference, terms.copied, dtypes), []).append(row)
         return [_Batch(rows) for rows in batches.values()]
 
-    def _terms(self, step: Apply, compute: np.dtype[Any]) -> Terms:
+    def _terms(self, step: Apply, spans: Sequence[Span]) -> Terms:
         name = self.plan.method.name
         if not isinstance(step, Sum):
             raise MergeError(f"{name}: returned {type(step).__name__}, which is not an apply step")
         if len(step.weights) != self.plan.models or (step.base_weight and not self.plan.has_base):
             raise MergeError(f"{name}: returned {step} for {self.plan.models} models and {int(self.plan.has_base)} base")
-        terms = step.terms(compute)
+        taking_part = step.terms(np.dtype(np.float64)).inputs
+        terms = step.terms(Table([[spans[source] for source in taking_part]]).compute)
         if self.nonfinite == "error" and not np.isfinite(terms.weights).all():
             raise NonFiniteError(f"{name}: computed the weights {list(terms.weights)}; check the parameters")
         return terms
@@ -277,15 +278,19 @@ class Executor:
             if not batch.sources or batch.table.dtypes[-1] not in kernels.FLOATING:
                 continue
             largest, weights = self._largest_inputs(batch), np.abs(batch.weights.astype(np.float64))
-            reference = largest[:, :1] if batch.about else 0.0
-            bound = (weights * (largest[:, batch.about :] + reference)).sum(axis=1) + largest.max(axis=1)
-            doubtful = ~(bound < largest_finite(batch.table.dtypes[-1]))
-            if doubtful.any():  # rare: compute them into memory of their own, and see
-                rows = [row for row, doubt in zip(batch.rows, doubtful, strict=True) if doubt]
-                trial = [_Row(r.item, r.terms, r.inputs, r.item.library.empty(r.item.like, r.item.dtype)) for r in rows]
-                results = self._apply(_Batch(trial), lambda _: None)
-                bad_input = ~np.isfinite(largest[doubtful]).all(axis=1)
-                spoiled += results + [row for row, bad in zip(trial, bad_input, strict=True) if bad and row not in results]
+            spread: Array = largest[:, batch.about :] + (largest[:, :1] if batch.about else 0.0)
+            bound: Array = np.maximum((weights * spread).sum(axis=1) + largest.max(axis=1), spread.max(axis=1))
+            limit = min(largest_finite(batch.table.dtypes[-1]), largest_finite(batch.weights.dtype.name))
+            infinite: Array = ~np.isfinite(largest).all(axis=1)
+            spoiled += [row for row, bad in zip(batch.rows, infinite, strict=True) if bad]
+            # rare: an overflow cannot be ruled out, so compute into memory of its own, and see
+            doubtful = np.logical_and(~infinite, 1.001 * bound >= limit)
+            trial = [
+                _Row(row.item, row.terms, row.inputs, row.item.library.empty(row.item.like, row.item.dtype))
+                for row, doubt in zip(batch.rows, doubtful, strict=True)
+                if doubt
+            ]
+            spoiled += self._apply(_Batch(trial), lambda _: None) if trial else []
         if spoiled:
             raise self._explain(spoiled)
 

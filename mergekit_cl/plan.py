@@ -15,7 +15,7 @@ from mergekit_cl.steps import Scope
 ScopeKind = Literal["tensor", "model"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Item:
     """One tensor to merge, under all the names that are tied to it; the data is read through ``leaves``.
 

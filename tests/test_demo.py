@@ -12,13 +12,13 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import mergekit_cl
-from mergekit_cl import MergeError, demo, registry
+from mergekit_cl import MergeError, demo, demo_report, registry
 
 pytest.importorskip("torch")
 pytest.importorskip("mlxtend")
 pytest.importorskip("matplotlib")
 
-Run = tuple[demo.DemoResults, str, Path]
+Run = tuple[demo_report.DemoResults, str, Path]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_matrices_are_the_accuracies_of_the_saved_weights(run: Run, tasks: list[
 
 
 def test_sfa_starts_after_the_first_task(run: Run) -> None:
-    plain, sfa = (run[0].accuracy[name] for name in demo.RUNS)
+    plain, sfa = (run[0].accuracy[name] for name in demo_report.RUNS)
     assert plain[0].tolist() == sfa[0].tolist()
     assert plain[1].tolist() != sfa[1].tolist()
 
@@ -98,7 +98,7 @@ def test_wise_ft_is_halfway_from_the_start_to_the_last_checkpoint(run: Run) -> N
 def test_tables_have_every_run_and_every_method(run: Run) -> None:
     results, output, _ = run
     rows = {row.split("│")[1].strip(): row for row in output.splitlines() if row.startswith("│")}
-    assert {*mergekit_cl.methods(), *demo.RUNS} <= set(rows)
+    assert {*mergekit_cl.methods(), *demo_report.RUNS} <= set(rows)
     for name, merged in results.merged.items():
         assert merged.accuracy is not None
         assert rows[name].split("│")[-2].strip() == f"{100 * merged.accuracy.mean():.1f}"
@@ -137,24 +137,24 @@ def test_same_seed_same_numbers_and_another_seed_others(run: Run, tmp_path: Path
         assert merged.accuracy.tolist() == again.merged[name].accuracy.tolist()  # type: ignore[union-attr]
 
 
-def results_of(plain: float, sfa: float, merged: float) -> demo.DemoResults:
+def results_of(plain: float, sfa: float, merged: float) -> demo_report.DemoResults:
     """Make results of two tasks in which the first is forgotten to these accuracies, the rest is 0.75."""
-    accuracy = {name: np.array([[0.75, 0], [last, 0.75]]) for name, last in zip(demo.RUNS, (plain, sfa), strict=True)}
-    return demo.DemoResults(5, accuracy, {"mean": demo.Merged("all 2", {}, np.array([merged, merged]))}, ())
+    accuracy = {name: np.array([[0.75, 0], [last, 0.75]]) for name, last in zip(demo_report.RUNS, (plain, sfa), strict=True)}
+    return demo_report.DemoResults(5, accuracy, {"mean": demo_report.Merged("all 2", {}, np.array([merged, merged]))}, ())
 
 
 def test_summary_says_what_the_numbers_say() -> None:
-    better = demo.summary(results_of(plain=0.25, sfa=0.5, merged=0.6))
+    better = demo_report.summary(results_of(plain=0.25, sfa=0.5, merged=0.6))
     assert "seed 5" in better
     assert "average accuracy 12.5 points higher (62.5 instead of 50.0)" in better
     assert "backward transfer 25.0 points higher (-25.0 instead of -50.0)" in better
     assert "learning accuracy as high (75.0)" in better
     assert "mean, has an average accuracy 2.5 points lower (60.0 instead of 62.5)" in better
-    worse = demo.summary(results_of(plain=0.5, sfa=0.25, merged=0.6))
+    worse = demo_report.summary(results_of(plain=0.5, sfa=0.25, merged=0.6))
     assert "average accuracy 12.5 points lower (50.0 instead of 62.5)" in worse
     assert "backward transfer 25.0 points lower (-50.0 instead of -25.0)" in worse
     assert "mean, has an average accuracy 10.0 points higher (60.0 instead of 50.0)" in worse
-    assert "merge" not in demo.summary(replace(results_of(0.5, 0.5, 0.5), merged={}))
+    assert "merge" not in demo_report.summary(replace(results_of(0.5, 0.5, 0.5), merged={}))
 
 
 def test_methods_that_need_parameters_or_fail_are_listed(
@@ -185,7 +185,7 @@ def test_methods_that_need_parameters_or_fail_are_listed(
     assert merged["strange"].problem == "needs parameters: strangeness"
     assert merged["many"].problem == "many merges 5 or more models, but got 4"
     output = io.StringIO()
-    Console(file=output, width=80).print(demo.merges_table(replace(results, merged=merged)))
+    Console(file=output, width=80).print(demo_report.merges_table(replace(results, merged=merged)))
     assert "strangeness" in output.getvalue()
 
 

@@ -103,6 +103,13 @@ class TestPromises:
         assert merged.tolist() == [1.5, 3]
         assert merge([np.array([1], np.float16), f32([2])], out_dtype=np.float64).dtype == np.float64
 
+    def test_the_inputs_decide_the_compute_type(self) -> None:
+        third = [f32([0]), f32([1])]
+        assert merge(third, beta=2 / 3, out_dtype="float64").tolist() == [float(np.float32(1 / 3))]
+        assert merge([third[0].astype(np.float64), third[1]], beta=2 / 3, out_dtype="float64").tolist() == [1 - 2 / 3]
+        unused = np.array([np.nan])
+        assert merge([*third, unused], "linear", weight=[2, 1, 0], out_dtype="float64").tolist() == [float(np.float32(1 / 3))]
+
     @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (2, 3), (1, 1, 1)])
     def test_any_shape(self, shape: tuple[int, ...]) -> None:
         merged = merge([np.zeros(shape, F32), np.ones(shape, F32)])
@@ -225,11 +232,25 @@ class TestInPlace:
 
     def test_an_overflow_is_found_before_writing(self) -> None:
         target = np.zeros(1, np.float16)
-        with pytest.raises(NonFiniteError, match="overflow float16"):
+        with pytest.raises(NonFiniteError, match="the array: finite inputs overflow float16"):
             merge([f32([1e5]), f32([1e5])], out=target)
         assert target.tolist() == [0]
         merge([f32([1e5]), f32([1e5])], out=target, nonfinite="allow")
         assert target.tolist() == [np.inf]
+
+    def test_an_overflow_on_the_way_is_found_too(self) -> None:
+        target = {"a": f32([3e38, 0]), "b": f32([1, 1])}  # 3e38 - -3e38 is infinite in float32
+        with pytest.raises(NonFiniteError, match='tensor "a": finite inputs overflow'):
+            merge([{"a": f32([-3e38, 0]), "b": f32([0, 0])}, target], beta=0.01, out=target)
+        assert target["b"].tolist() == [1, 1]
+        assert target["a"].tolist() == f32([3e38, 0]).tolist()
+
+    def test_several_tensors_are_reported_together(self) -> None:
+        target = {"a": f32([np.nan]), "b": f32([np.inf]), "c": f32([1])}
+        with pytest.raises(NonFiniteError) as caught:
+            merge([{name: f32([1]) for name in target}, target], out=target)
+        assert str(caught.value).splitlines()[:2] == ['model 1, tensor "a": 1 NaN', 'model 1, tensor "b": 1 Inf']
+        assert target["c"].tolist() == [1]
 
     def test_large_values_that_do_not_overflow_pass(self) -> None:
         target = np.zeros(1, np.float16)

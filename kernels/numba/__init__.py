@@ -20,7 +20,7 @@ def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> np
     if pieces.size and table.lengths.sum() >= streaming.LEAST and len(table.dtypes) <= streaming.MOST_COLUMNS:
         streaming.weighted_sum(table, weights, about, pieces, nonfinite)
         return nonfinite
-    scratch = np.empty((3, compiled.TILE), table.compute)
+    scratch = np.empty((3, compiled.TILE), weights.dtype)
     compiled.weighted_sum(table.addresses, _codes(table), weights, about, pieces, scratch, nonfinite)
     return nonfinite
 

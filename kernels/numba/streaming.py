@@ -59,7 +59,7 @@ def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array, nonfi
     addresses = table.addresses
     in_place = bool((addresses[:, :-1] == addresses[:, -1:]).any())
     scratch = np.empty(_BLOCK_BYTES * 8 + _LINE, np.uint8)
-    _loop(table.dtypes, table.compute.name, about, in_place)(addresses, weights, pieces, scratch, nonfinite)
+    _loop(table.dtypes, weights.dtype.name, about, in_place)(addresses, weights, pieces, scratch, nonfinite)
 
 
 @cache
@@ -107,7 +107,8 @@ def _source(name: str, dtypes: tuple[str, ...], compute: str, about: bool, in_pl
     destination = f"a{len(inputs)} + at * {_SIZE[out]}"
     addresses = "; ".join(f"a{k} = addresses[row, {k}]" for k in range(len(dtypes)))
     prefetch = "".join(
-        f"            for ahead in range({_AHEAD}, {_AHEAD + count * _SIZE[d]}, {_LINE}): _prefetch(a{k} + at * {_SIZE[d]} + ahead)\n"
+        f"            for ahead in range({_AHEAD}, {_AHEAD + count * _SIZE[d]}, {_LINE}):\n"
+        f"                _prefetch(a{k} + at * {_SIZE[d]} + ahead)\n"
         for k, d in enumerate(inputs)
     )
     return f"""

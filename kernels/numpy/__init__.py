@@ -16,7 +16,7 @@ TILE = 131_072
 def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> npt.NDArray[np.bool_]:
     """See `mergekit_cl.kernels.Backend.weighted_sum`."""
     nonfinite = np.zeros(len(table.spans), bool)
-    buffers = np.empty((3, TILE), table.compute)
+    buffers = np.empty((3, TILE), weights.dtype)
     limit = largest_finite(table.dtypes[-1])
     with np.errstate(all="ignore"):
         for row, tile in _tiles(pieces, TILE):

@@ -31,7 +31,7 @@ def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> np
     """See `mergekit_cl.kernels.Backend.weighted_sum`."""
     device = _device(table)
     nonfinite = torch.zeros(len(table.spans), dtype=torch.int32, device=device)
-    on_device = torch.tensor(np.ascontiguousarray(weights, table.compute), device=device)
+    on_device = torch.tensor(np.ascontiguousarray(weights), device=device)
     _launch(compiled._weighted_sum_kernel, TILE, table, pieces, nonfinite, on_device, ABOUT=bool(about))
     return np.asarray(nonfinite.cpu(), np.bool_)
 
@@ -66,8 +66,10 @@ def _device(table: Table) -> torch.device:
     interpreted = not isinstance(compiled._gram_kernel, triton.JITFunction)
     if interpreted != (str(device) == "cpu"):
         works, advice = ("the CPU", "unset") if interpreted else ("a GPU", "set")
-        raise BackendError(f"the Triton kernels were loaded to work on {works}, but the tensors are on {device}; move "
-                           f"them, or {advice} TRITON_INTERPRET before the start of Python")
+        raise BackendError(
+            f"the Triton kernels were loaded to work on {works}, but the tensors are on {device}; move "
+            f"them, or {advice} TRITON_INTERPRET before the start of Python"
+        )
     return torch.device(device)
 
 

@@ -176,7 +176,7 @@ def compile_all(folder: Path) -> None:
         for target in TARGETS:
             found.append({"kernel": kernel, "dtypes": dtypes, "about": about, "target": target, "refusal": refusal})
             if kernel == "weighted_sum":
-                backend.weighted_sum(table, np.ones((2, len(dtypes) - 1 - about)), about, pieces)
+                backend.weighted_sum(table, np.ones((2, len(dtypes) - 1 - about), table.compute), about, pieces)
             elif kernel == "gram":
                 backend.gram(table, about, pieces)
             else:
