@@ -20,7 +20,8 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(BENCH)
-	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only --benchmark-json=.benchmarks/latest.json
+	mkdir -p .benchmarks
+	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only --benchmark-json=.benchmarks/latest.json --timeout=1800
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 
 docs: $(READY)  # write the generated parts of README.md
@@ -35,8 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(BENCH): $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]' --no-build-isolation 2>/dev/null || \
-	$(BIN)/pip install --quiet --constraint constraints.txt mergekit==0.1.5 psutil pytest-benchmark
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 clean:

@@ -19,12 +19,13 @@ def test_sfa_step(
     dtype: torch.dtype,
     scaled: Callable[[int], int],
     transformer: Callable[..., dict[str, torch.Tensor]],
+    threads: int,
     race: Callable[..., None],
     check: Callable[..., None],
 ) -> None:
     anchor, current = (transformer(scaled(128 << 20), dtype, seed) for seed in range(2))
     model = model_of(anchor)
-    sfa = SFA(model, beta=0.5, every=1)
+    sfa = SFA(model, beta=0.5, every=1, threads=threads)
     trained = model_of(current)
     model.load_state_dict(trained.state_dict())
     kept, lerped = list(anchor.values()), [tensor.clone() for tensor in current.values()]
@@ -44,10 +45,16 @@ def test_sfa_step(
         tensors = result if contender == "_foreach_lerp_" else result.parameters()
         for merged, *inputs in zip(tensors, kept, current.values(), strict=True):
             check(merged, inputs, [0.5, 0.5], roundings=3 if contender == "avg_fn" else 1)
+
+    def checked() -> None:
+        assert torch.stack(torch._foreach_norm(lerped, torch.inf)).isfinite().all()
+        torch._foreach_lerp_(lerped, kept, 0.5)
+
     race(
         {
             "SFA.step": sfa.step,
             "torch._foreach_lerp_": lambda: torch._foreach_lerp_(lerped, kept, 0.5),
+            "torch._foreach_lerp_ after a check": checked,
             **{f"AveragedModel, {name}": partial(average.update_parameters, trained) for name, average in averages.items()},
         },
         rounds=15,

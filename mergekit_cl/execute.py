@@ -34,12 +34,16 @@ Advance: TypeAlias = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One tensor of an apply step: the memory that it is read from, and the memory that it is written to."""
+    """One tensor of an apply step: the memory that it is read from, and the memory that it is written to.
+
+    ``direct`` says that this is the result's own memory, so that it need not be copied there.
+    """
 
     item: Item
     terms: Terms
     inputs: tuple[Span, ...]
     out: Span
+    direct: bool = False
 
 
 class _Batch:
@@ -176,11 +180,11 @@ class Executor:
         """Put every tensor into a batch with its like."""
         batches: dict[Any, list[_Row]] = {}
         for item in self.plan.exact:
-            batches.setdefault(item.dtype, []).append(_Row(item, _FIRST, self.spans[item.name][:1], self._output(item)))
+            batches.setdefault(item.dtype, []).append(_Row(item, _FIRST, self.spans[item.name][:1], *self._output(item)))
         for item, step in steps:
             spans = self.spans[item.name]
             terms = self._terms(step, spans)
-            row = _Row(item, terms, tuple(spans[source] for source in terms.inputs), self._output(item))
+            row = _Row(item, terms, tuple(spans[source] for source in terms.inputs), *self._output(item))
             dtypes = Table([(*row.inputs, row.out)]).dtypes
             batches.setdefault((terms.inputs, terms.reference, terms.copied, dtypes), []).append(row)
         return [_Batch(rows) for rows in batches.values()]
@@ -197,19 +201,17 @@ class Executor:
             raise NonFiniteError(f"{name}: computed the weights {list(terms.weights)}; check the parameters")
         return terms
 
-    def _output(self, item: Item) -> Span:
-        if self.plan.in_place:
-            span = item.library.writable(item.like)
-            if span is not None:
-                return span
-        return item.library.empty(item.like, item.dtype)
+    def _output(self, item: Item) -> tuple[Span, bool]:
+        """Memory to write a result to, and whether it is that of the target."""
+        span = item.library.writable(item.like) if self.plan.in_place else None
+        return (item.library.empty(item.like, item.dtype), False) if span is None else (span, True)
 
     def _finish(self, row: _Row) -> dict[str, Leaf]:
         """Hand a merged tensor back under each of its names."""
         item = row.item
         if not self.plan.in_place:
             return dict.fromkeys(item.names, item.library.build(row.out, item.like))
-        item.library.written(item.like, row.out if item.library.writable(item.like) is None else None)
+        item.library.written(item.like, None if row.direct else row.out)
         return dict.fromkeys(item.names, item.like)
 
     def _apply(self, batch: _Batch, advance: Advance) -> list[_Row]:
@@ -281,7 +283,7 @@ class Executor:
             spread: Array = largest[:, batch.about :] + (largest[:, :1] if batch.about else 0.0)
             bound: Array = np.maximum((weights * spread).sum(axis=1) + largest.max(axis=1), spread.max(axis=1))
             limit = min(largest_finite(batch.table.dtypes[-1]), largest_finite(batch.weights.dtype.name))
-            infinite: Array = ~np.isfinite(largest).all(axis=1)
+            infinite = np.logical_not(np.isfinite(largest).all(axis=1, keepdims=False))
             spoiled += [row for row, bad in zip(batch.rows, infinite, strict=True) if bad]
             # rare: an overflow cannot be ruled out, so compute into memory of its own, and see
             doubtful = np.logical_and(~infinite, 1.001 * bound >= limit)

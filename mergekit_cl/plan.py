@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from mergekit_cl.dtypes import EXACT
@@ -33,7 +34,7 @@ class Item:
         """The first of the names."""
         return self.names[0]
 
-    @property
+    @cached_property
     def library(self) -> Library:
         """The library of the array that the result resembles."""
         library = library_of(self.like)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,8 @@ class SFA:
         total_steps: The number T of steps of the task. Without it (only with ``every``) there is no merge at the end.
         anchor_device: Where to keep the anchor; beside the parameters by default. Elsewhere it is copied for each merge.
         anchor_dtype: A dtype for the anchor; that of each parameter by default.
+        nonfinite: "error" reads the parameters once more at each merge, in search of NaN and infinities, before any of them is
+            written. "allow" lets them through.
         backend: As in `mergekit_cl.merge`.
         threads: As in `mergekit_cl.merge`.
 
@@ -70,6 +72,7 @@ class SFA:
         total_steps: int | None = None,
         anchor_device: torch.device | str | None = None,
         anchor_dtype: torch.dtype | None = None,
+        nonfinite: Literal["error", "allow"] = "error",
         backend: str = "auto",
         threads: int | None = None,
     ) -> None:
@@ -82,6 +85,9 @@ class SFA:
         self.p = 0.25 if p is None and every is None else p
         self._every = every
         self._anchor_device, self._anchor_dtype = anchor_device, anchor_dtype
+        if nonfinite not in ("error", "allow"):
+            raise MergeError(f'SFA: nonfinite={nonfinite!r}: must be "error" or "allow"')
+        self._nonfinite: Literal["error", "allow"] = nonfinite
         self._backend, self._threads = backend, threads
         self._hook: Any = None
         self.new_task(total_steps=total_steps)
@@ -212,7 +218,7 @@ class SFA:
         anchor = {name: self.anchor[name].to(p.device) for name, p in current.items()}
         executor, _ = prepare(
             find("sfa"), [anchor, current], None, current,
-            backend=self._backend, threads=self._threads, parameters={"beta": self.beta},
+            backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters={"beta": self.beta},
             labels=["anchor", "current"], constant=frozenset({0}),
         )  # fmt: skip
         beside = all(anchor[name] is self.anchor[name] and p.is_contiguous() for name, p in current.items())
@@ -241,7 +247,7 @@ class SFA:
             for name, p in parameters.items()
         }
         spoiled = [name for name, tensor in anchor.items() if not tensor.isfinite().all()]
-        if spoiled:
+        if spoiled and self._nonfinite == "error":
             raise NonFiniteError(listing([f'SFA: the anchor of "{name}" would hold NaN or Inf' for name in spoiled]))
         return anchor
 

@@ -17,6 +17,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 TILE = 2048
 """Elements per tile: three float32 buffers of this size are half of a first-level cache."""
 
+AHEAD = 512
+"""Elements of a block that is read while the next one is fetched."""
+
 BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = range(4)
 
 u16, u32 = np.uint16, np.uint32
@@ -53,6 +56,21 @@ _float_of_half = _cast(
 _half_of_float = _cast(
     "_half_of_float", types.uint16, types.float32, lambda b, x: b.bitcast(b.fptrunc(x, ir.HalfType()), ir.IntType(16))
 )
+
+
+@intrinsic
+def _prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the line at an address; it need not exist."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
+        read, keep, data = (ir.Constant(i32, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), emit
 
 
 def _to_float32(value: Any) -> Any:
@@ -179,11 +197,18 @@ def weighted_sum(addresses: Any, codes: Any, weights: Any, about: Any, pieces: A
 
 
 @compiled
-def _top(bits: Any, mask: Any) -> Any:
+def _top(bits: Any, address: Any, mask: Any) -> Any:
     """Find the largest of integers after masking: of floats without their sign it is that of the largest magnitude."""
-    top = mask & bits[0]
-    for i in range(len(bits)):
-        top = max(top, mask & bits[i])
+    top = bits.dtype.type(0)
+    size, at = bits.itemsize, 0
+    while at + AHEAD <= len(bits):
+        for line in range(AHEAD * size, 2 * AHEAD * size, 64):
+            _prefetch(address + at * size + line)
+        for i in range(at, at + AHEAD):
+            top = max(top, bits.dtype.type(mask & bits[i]))  # numba would widen to 64 bits
+        at += AHEAD
+    for i in range(at, len(bits)):
+        top = max(top, bits.dtype.type(mask & bits[i]))
     return top
 
 
@@ -198,13 +223,17 @@ def largest_magnitude(addresses: Any, codes: Any, pieces: Any, largest: Any) -> 
             code = codes[column]
             address = addresses[row, column] + begin * _SIZES[code]
             if code == BFLOAT16:
-                one[0] = _float_of_bits(u32(u32(_top(carray(_pointer(address), count, np.uint16), u16(0x7FFF))) << u32(16)))
+                one[0] = _float_of_bits(
+                    u32(u32(_top(carray(_pointer(address), count, np.uint16), address, u16(0x7FFF))) << u32(16))
+                )
             elif code == FLOAT16:
-                one[0] = _float_of_half(_top(carray(_pointer(address), count, np.uint16), u16(0x7FFF)))
+                one[0] = _float_of_half(_top(carray(_pointer(address), count, np.uint16), address, u16(0x7FFF)))
             elif code == FLOAT32:
-                one[0] = _float_of_bits(_top(carray(_pointer(address), count, np.uint32), u32(0x7FFFFFFF)))
+                one[0] = _float_of_bits(_top(carray(_pointer(address), count, np.uint32), address, u32(0x7FFFFFFF)))
             else:
-                one.view(np.uint64)[0] = _top(carray(_pointer(address), count, np.uint64), np.uint64(0x7FFFFFFFFFFFFFFF))
+                one.view(np.uint64)[0] = _top(
+                    carray(_pointer(address), count, np.uint64), address, np.uint64(0x7FFFFFFFFFFFFFFF)
+                )
             if not largest[row, column] >= one[0]:
                 largest[row, column] = one[0]
 

@@ -9,6 +9,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -69,11 +70,14 @@ class Model:
 def library_of(value: object) -> Library | None:
     """Find the library whose array a value is."""
     for name in _LIBRARIES:
-        if name in sys.modules:
-            library = cast(Library, import_module(f"mergekit_cl.models.{name}"))
-            if library.owns(value):
-                return library
+        if name in sys.modules and _library(name).owns(value):
+            return _library(name)
     return None
+
+
+@cache
+def _library(name: str) -> Library:
+    return cast(Library, import_module(f"mergekit_cl.models.{name}"))
 
 
 def describe(leaf: Leaf, name: str) -> Entry:

@@ -199,6 +199,17 @@ def test_non_finite_parameters_are_named_and_nothing_is_written() -> None:
         SFA(model, every=1)
 
 
+def test_non_finite_parameters_pass_when_allowed() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, float("inf")]))
+    sfa = SFA([weight], every=1, nonfinite="allow")
+    with torch.no_grad():
+        weight[0] = 3
+    assert sfa.step()
+    assert weight.tolist() == [2.0, float("inf")]
+    with pytest.raises(MergeError, match="nonfinite='maybe'"):
+        SFA([nn.Parameter(torch.ones(1))], every=1, nonfinite="maybe")
+
+
 def test_parameters_stay_where_they_are_and_autograd_sees_the_write() -> None:
     model = network()
     sfa = SFA(model, every=1)
