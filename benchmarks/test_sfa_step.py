@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
 from mergekit_cl.adapters.torch import SFA
+
+NONFINITE: tuple[Literal["error"], Literal["allow"]] = ("error", "allow")
 
 
 def model_of(tensors: dict[str, torch.Tensor]) -> torch.nn.ParameterList:

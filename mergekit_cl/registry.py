@@ -9,9 +9,9 @@ each model has its own value.
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from mergekit_cl.errors import MergeError, unknown
 from mergekit_cl.steps import Scope
@@ -105,12 +105,12 @@ class Parameter:
 
     def resolve(self, value: object, models: int, where: str) -> Any:
         """Return the value that the method is called with: checked, and for a per-model parameter a tuple."""
+        if hasattr(value, "tolist"):  # an array of numbers, or a number of NumPy or PyTorch
+            value = value.tolist()
         if not self.per_model:
             return self.check(value, where)
         if isinstance(value, _Each):
             value = value[0]
-        if getattr(value, "ndim", 0):  # an array of numbers
-            value = list(cast(Iterable[object], value))
         if not isinstance(value, list | tuple):
             return (self.check(value, where),) * models
         if len(value) != models:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from mergekit_cl import Between, MergeError, PerModel, Scope, Sum, each, merge, method, methods
 from mergekit_cl.registry import find
@@ -44,6 +45,7 @@ def test_kinds_of_parameters() -> None:
     resolve = find("kinds").resolve
     assert resolve({"ratio": 0.5}, 2) == {"ratio": (0.5, 0.5), "mode": "a", "times": 2, "scale": (1.0, 1.0)}
     assert resolve({"ratio": f32([0, 1]), "scale": (1, 2)}, 2)["ratio"] == (0.0, 1.0)
+    assert resolve({"ratio": torch.tensor([0.5, 1]), "times": np.int64(3)}, 2)["ratio"] == (0.5, 1.0)
     for bad, message in [
         ({}, "kinds needs ratio"),
         ({"ratio": [0.5, 2]}, r"model 1: ratio=2: must be in \[0, 1\]"),

@@ -1,6 +1,6 @@
 """Sequential Fine-tuning with Averaging in a PyTorch training loop."""
 
-import warnings
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from mergekit_cl.execute import Executor
 from mergekit_cl.models import open_model
 from mergekit_cl.registry import find
 
+_logger = logging.getLogger(__name__)
 _SETTINGS = ("beta", "p", "every", "total_steps", "step_count", "merges", "last_merge_step")
 
 
@@ -33,8 +34,8 @@ class SFA:
         model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged).
         beta: The weight of the anchor, in [0, 1].
         p: The part of the task between two merges, in (0, 1]; needs ``total_steps``. 0.25 where ``every`` is not given.
-        every: The number k of steps between two merges, in place of p.
         total_steps: The number T of steps of the task. Without it (only with ``every``) there is no merge at the end.
+        every: The number k of steps between two merges, in place of p.
         anchor_device: Where to keep the anchor; beside the parameters by default. Elsewhere it is copied for each merge.
         anchor_dtype: A dtype for the anchor; that of each parameter by default.
         nonfinite: "error" reads the parameters once more at each merge, in search of NaN and infinities, before any of them is
@@ -67,9 +68,9 @@ class SFA:
         model_or_parameters: torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
         beta: float = 0.5,
         p: float | None = None,
+        total_steps: int | None = None,
         *,
         every: int | None = None,
-        total_steps: int | None = None,
         anchor_device: torch.device | str | None = None,
         anchor_dtype: torch.dtype | None = None,
         nonfinite: Literal["error", "allow"] = "error",
@@ -92,7 +93,7 @@ class SFA:
         self._hook: Any = None
         self.new_task(total_steps=total_steps)
 
-    def new_task(self, *, total_steps: int | None = None) -> None:
+    def new_task(self, total_steps: int | None = None) -> None:
         """Begin a task: the present weights become the anchor, and steps are counted from 0 again.
 
         Args:
@@ -187,10 +188,8 @@ class SFA:
             self._merge(step)
             self.merges, self.last_merge_step = self.merges + 1, step
         elif self.total_steps is not None and step == self.total_steps + 1:
-            warnings.warn(
-                f"SFA: the task's {step - 1} steps are over, and its last merge is done; call new_task(), or pass the right "
-                "total_steps. Until then nothing is merged",
-                stacklevel=3,
+            _logger.warning(
+                "SFA: the task's %d steps are over, and its last merge is done; until new_task() nothing is merged", step - 1
             )
         self.step_count = step
         return self.last_merge_step == step

@@ -1,5 +1,6 @@
 """JAX arrays as leaves, and JAX pytrees (Flax parameters, ``nnx.State``) as models."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,11 @@ def empty(leaf: jax.Array, dtype: str) -> Span:
 def build(span: Span, leaf: jax.Array) -> jax.Array:
     data = _data(leaf)
     array = jax.numpy.from_dlpack(span) if _device(leaf) != "cpu" else span
-    array = jax.device_put(array.reshape(data.shape), data.sharding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        array = jax.device_put(array.reshape(data.shape), data.sharding)
+    if dtype_name(array.dtype) != dtype_name(span.dtype):
+        raise MergeError(f"JAX has no {dtype_name(span.dtype)} unless jax.config.update('jax_enable_x64', True) is called")
     return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 
 

@@ -259,14 +259,14 @@ def test_names_of_compiled_models_are_those_of_the_model() -> None:
     assert SFA(compiled, every=1).anchor.keys() == SFA(model, every=1).anchor.keys()
 
 
-def test_steps_beyond_the_task_are_reported_once() -> None:
+def test_steps_beyond_the_task_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     model = network()
     sfa = SFA(model, p=0.5, total_steps=2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     assert train(model, optimizer, 2, sfa) == [1, 2]
-    with pytest.warns(UserWarning, match="2 steps are over"):
-        sfa.step()
     assert not sfa.step()
+    assert not sfa.step()
+    assert [record.getMessage().count("2 steps are over") for record in caplog.records] == [1]
 
 
 def test_loss_scaling_skips_are_not_steps_when_attached() -> None:

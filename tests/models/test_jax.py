@@ -72,6 +72,11 @@ def test_reading_makes_no_copy() -> None:
     assert span(half).ctypes.data == half.unsafe_buffer_pointer()
 
 
+def test_float64_needs_to_be_enabled() -> None:
+    with pytest.raises(MergeError, match="jax_enable_x64"):
+        merge([jnp.ones(2), jnp.ones(2)], out_dtype="float64")
+
+
 def test_refused() -> None:
     array = jnp.ones(2)
     with pytest.raises(MergeError, match="JAX arrays cannot be written in place"):
