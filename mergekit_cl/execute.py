@@ -155,7 +155,7 @@ class Executor:
                 owners = np.repeat(pieces[:, 0], -(-(pieces[:, 2] - pieces[:, 1]) // BLOCK))
                 for row in np.unique(owners):
                     sums[members[row][0]].append(blocks[owners == row])
-        results = {number: _add_exactly(sums[number], self._order(asked[number])) for number in asked}
+        results = {number: add_exactly(sums[number], self._order(asked[number])) for number in asked}
         if self.nonfinite == "error":
             spoiled = [number for number, result in results.items() if not np.isfinite(result).all()]
             rows = [(item, self._columns(item, asked[n])) for n in spoiled for item in self.plan.scopes[n][1]]
@@ -345,7 +345,7 @@ def _copy(table: Table, pieces: Array) -> bool:
     return False
 
 
-def _add_exactly(blocks: Sequence[Statistics], order: int) -> Statistics:
+def add_exactly(blocks: Sequence[Statistics], order: int) -> Statistics:
     """Add up partial sums without rounding in between, so that their order does not show."""
     if not blocks:
         return np.zeros((order, order))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_cl import Gram, MergeError, NonFiniteError, Scope, Steps, Sum, execute, merge, method
-from mergekit_cl.execute import deal
+from mergekit_cl.execute import add_exactly, deal
 from mergekit_cl.kernels import BLOCK
 
 BACKENDS = ["numpy", "numba", "triton"]
@@ -138,6 +138,11 @@ def test_gram_against_float64() -> None:
         merge(models, "looking", base=base, backend=backend)
         np.testing.assert_allclose(grams[0], stacked @ stacked.T, rtol=1e-10, atol=1e-9)
         np.testing.assert_allclose(grams[1], vectors @ vectors.T, rtol=1e-6)
+
+
+def test_partial_sums_are_added_without_error() -> None:
+    blocks = [np.full((1, 1), value) for value in (1e16, 1.0, -1e16)]
+    assert add_exactly(blocks, 1) == add_exactly(blocks[::-1], 1) == 1
 
 
 @given(st.lists(st.integers(0, 10 * BLOCK), max_size=6), st.integers(1, 5), st.integers(1, 4))

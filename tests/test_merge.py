@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from mergekit_cl import BackendError, MergeError, MismatchError, NonFiniteError, UnknownNameError, merge
+from mergekit_cl.models.numpy import span
 
 F32 = np.float32
 
@@ -179,6 +180,7 @@ class TestMappings:
         older, newer = (np.frombuffer(buffer, F32, offset=1) for buffer in buffers)
         newer += 4
         assert not newer.flags.aligned
+        assert span(newer).flags.aligned
         assert (merge([older, newer], beta=0.25) == 3).all()
         assert (merge([older, newer], beta=0.25, out=newer) == 3).all()
         assert (newer == 3).all()

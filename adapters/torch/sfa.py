@@ -26,7 +26,7 @@ class SFA:
         theta <- beta * theta_o + (1 - beta) * theta
 
     The anchor is taken when the object is built, and again by `new_task`. It costs one copy of the trainable parameters;
-    frozen parameters cost nothing. Buffers and the optimizer's state are left alone. A step is an update of the optimizer
+    frozen parameters cost nothing, and one that is frozen on the way is left alone from then on. Buffers and the optimizer's state are left alone. A step is an update of the optimizer
     that the loop counts by calling `step`; with `attach`, one that the optimizer carried out (not one that a gradient
     scaler skipped).
 
@@ -211,7 +211,7 @@ class SFA:
 
     def _executor(self, current: dict[str, torch.Tensor]) -> Executor:
         """Prepare the merge; keep it as long as the parameters stay where they are in memory."""
-        key = [(name, p.data_ptr(), p.dtype, p.device, p.is_contiguous()) for name, p in current.items()]
+        key = [self.beta, *((name, p.data_ptr(), p.dtype, p.device, p.is_contiguous()) for name, p in current.items())]
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
         anchor = {name: self.anchor[name].to(p.device) for name, p in current.items()}

@@ -67,6 +67,9 @@ def test_the_formula_by_hand() -> None:
     assert weight.tolist() == [4.0, 2.0]  # 0.25 * 1 + 0.75 * 5
     assert sfa.step()
     assert weight.tolist() == [3.25, 2.0]  # the anchor is still 1
+    sfa.beta = 1.0
+    assert sfa.step()
+    assert weight.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -246,11 +249,11 @@ def test_weights_loaded_by_assignment_are_found() -> None:
 def test_strided_parameters() -> None:
     weight = nn.Parameter(torch.zeros(3, 2).t())
     sfa = SFA({"w": weight}.items(), beta=0.5, every=1)
-    for _ in range(2):
+    for value in (4.0, 8.0):
         with torch.no_grad():
-            weight.fill_(4)
+            weight.fill_(value)
         sfa.step()
-        assert (weight == 2).all()
+        assert (weight == value / 2).all()
 
 
 def test_names_of_compiled_models_are_those_of_the_model() -> None:
