@@ -5,10 +5,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 from mergekit_cl import kernels
-from mergekit_cl.dtypes import dtype_name, output_dtype
+from mergekit_cl.dtypes import EXACT, output_dtype
 from mergekit_cl.errors import MergeError, NonFiniteError, unknown
 from mergekit_cl.execute import Advance, Executor
-from mergekit_cl.models import Model, open_model
+from mergekit_cl.models import Model, open_model, tensor
 from mergekit_cl.plan import plan
 from mergekit_cl.registry import Method, find
 
@@ -100,7 +100,7 @@ def prepare(
     _check_counts(method, models, base)
     if nonfinite not in ("error", "allow"):
         raise MergeError(f'nonfinite={nonfinite!r}: must be "error" or "allow"')
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise MergeError(f"threads={threads!r}: must be a whole number, at least 1")
     if backend not in ("auto", *kernels.BACKENDS):
         raise unknown("backend", backend, ["auto", *kernels.BACKENDS])
@@ -161,5 +161,5 @@ def _check_counts(method: Method, models: Sequence[Any], base: Any) -> None:
 
 def _check_out_dtype(target: Model, dtype: str | None) -> None:
     for name, entry in target.layout.items():
-        if dtype is not None and dtype_name(entry.dtype) != dtype:
-            raise MergeError(f'out, tensor "{name}": is {entry.dtype}, but out_dtype is {dtype}; leave out_dtype away')
+        if dtype is not None and entry.dtype not in (dtype, *EXACT):
+            raise MergeError(f"out, {tensor(name)}: is {entry.dtype}, but out_dtype is {dtype}; leave out_dtype away")

@@ -57,8 +57,10 @@ def check_mergeable(dtype: str, where: str) -> None:
         return
     if dtype.startswith("complex"):
         advice = "merge its real and imaginary parts as two tensors"
-    else:
+    elif dtype.startswith(("float8", "float4", "float6", "int", "uint", "q")):
         advice = "dequantise it to float32 or bfloat16 first"
+    else:
+        advice = "convert it to one of these, or leave it out"
     raise MergeError(f"{where}: dtype {dtype} cannot be merged (only {', '.join(type_of)}); {advice}")
 
 

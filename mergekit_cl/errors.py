@@ -26,12 +26,12 @@ class BackendError(MergeError):
     """The requested backend is not installed, or cannot reach the tensors."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """Build the error for an unknown name: the nearest known one, else all of them."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
     advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known) or 'none'}"
-    return UnknownNameError(f'unknown {kind} "{name}": {advice}{hint}')
+    return UnknownNameError(f'unknown {kind} "{name}": {advice}')
 
 
 def listing(problems: Sequence[str]) -> str:

@@ -121,9 +121,14 @@ class Executor:
     def _steps(self) -> list[tuple[Item, Apply]]:
         """Run the methods of all scopes to their end, in lockstep; return each tensor's apply step."""
         plan = self.plan
-        outcomes = [plan.method(scope, **plan.parameters) for scope, _ in plan.scopes]
-        if plan.method.surveys:
-            outcomes = self._lockstep(outcomes)
+        try:
+            outcomes = [plan.method(scope, **plan.parameters) for scope, _ in plan.scopes]
+            if plan.method.surveys:
+                outcomes = self._lockstep(outcomes)
+        except MergeError:
+            raise
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise MergeError(f"{plan.method.name} failed with {type(error).__name__}: {error}; check its parameters") from error
         return [(item, step) for (_, group), step in zip(plan.scopes, outcomes, strict=True) for item in group]
 
     def _lockstep(self, runs: Sequence[Generator[Survey, Statistics, Apply]]) -> list[Apply]:
@@ -198,7 +203,7 @@ class Executor:
         taking_part = step.terms(np.dtype(np.float64)).inputs
         terms = step.terms(Table([[spans[source] for source in taking_part]]).compute)
         if self.nonfinite == "error" and not np.isfinite(terms.weights).all():
-            raise NonFiniteError(f"{name}: computed the weights {list(terms.weights)}; check the parameters")
+            raise MergeError(f"{name}: its weights {step} are not finite in {spans[0].dtype}; check the parameters")
         return terms
 
     def _output(self, item: Item) -> tuple[Span, bool]:
@@ -210,7 +215,10 @@ class Executor:
         """Hand a merged tensor back under each of its names."""
         item = row.item
         if not self.plan.in_place:
-            return dict.fromkeys(item.names, item.library.build(row.out, item.like))
+            try:
+                return dict.fromkeys(item.names, item.library.build(row.out, item.like))
+            except MergeError as error:
+                raise MergeError(f"{tensor(item.name)}: {error}") from None
         item.library.written(item.like, None if row.direct else row.out)
         return dict.fromkeys(item.names, item.like)
 
@@ -306,11 +314,10 @@ class Executor:
                 for span, label in zip(self.spans[row.item.name], self.plan.labels, strict=True)
                 if any(span is read for read in row.inputs) and (counts := _count_nonfinite(span))
             ]
-            if not faults and row.out is not None:
-                faults = [
-                    f"{name}: finite inputs overflow {row.item.dtype} when merged; choose a wider dtype or smaller weights"
-                ]
-            problems += faults
+            overflow = f"{name}: finite inputs overflow {row.item.dtype} when merged; choose a wider dtype or smaller weights"
+            problems += faults or ([] if row.out is None else [overflow])
+        if not problems:
+            problems = [f"{tensor(rows[0].item.name)}: the dot products that {self.plan.method.name} asks for overflow"]
         return NonFiniteError(listing(problems))
 
 

@@ -1,8 +1,7 @@
 """What a model consists of, without its data: the name, shape and dtype of each tensor, and which of them are one tensor."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TypeAlias
 
 
@@ -20,11 +19,6 @@ class Entry:
     device: str = "cpu"
     storage: Hashable = None
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
 
 Layout: TypeAlias = Mapping[str, Entry]
 """The tensors of a model by name, in the model's own order."""
@@ -40,3 +34,17 @@ def ties(layout: Layout) -> dict[str, tuple[str, ...]]:
     for entry in layout.values():
         groups.setdefault(entry.name if entry.storage is None else (entry.storage,), []).append(entry.name)
     return {name: tuple(group) for group in groups.values() for name in group}
+
+
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements of an array may share memory, as those of an expanded one do.
+
+    >>> overlaps_itself((2, 3), (3, 1)), overlaps_itself((2, 3), (0, 1))
+    (False, True)
+    """
+    reach = 0
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

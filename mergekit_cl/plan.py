@@ -139,6 +139,7 @@ def _check_alignment(inputs: Sequence[Model], target: Model, labels: Sequence[st
             for name, entry in model.layout.items()
             if name in first and (fault := _difference(entry, first[name], labels[0]))
         ]
+    problems += _extra_problems(inputs, labels)
     if problems:
         raise MismatchError(listing(problems))
     devices = {entry.device: name for name, entry in first.items()}
@@ -146,6 +147,20 @@ def _check_alignment(inputs: Sequence[Model], target: Model, labels: Sequence[st
         (one, name), (other, other_name), *_ = devices.items()
         raise MismatchError(f'{labels[0]}: "{name}" is on {one}, but "{other_name}" on {other}; move the model to one device')
     return next(iter(devices), "cpu")
+
+
+def _extra_problems(inputs: Sequence[Model], labels: Sequence[str]) -> list[str]:
+    """List what modules keep beside tensors, and not all of them alike."""
+    if not any(model.extra for model in inputs):
+        return []
+    from mergekit_cl.models.torch import same_extra
+
+    return [
+        f'{label}: its extra state "{name}" differs from that of {labels[0]}, and cannot be averaged; merge state dicts'
+        for model, label in zip(inputs[1:], labels[1:], strict=True)
+        for name, value in model.extra.items()
+        if inputs[0].extra and not same_extra(value, inputs[0].extra.get(name))
+    ]
 
 
 def _difference(entry: Entry, other: Entry, label: str) -> str:
@@ -161,9 +176,9 @@ def _difference(entry: Entry, other: Entry, label: str) -> str:
 
 
 def _items(inputs: Sequence[Model], target: Model) -> list[Item]:
-    """List the tensors of a merge. Names that are tied in every input are one tensor."""
+    """List the tensors of a merge. Names that are tied in every input, and in the target, are one tensor."""
     groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
-    tied = [ties(model.layout) for model in inputs]
+    tied = [ties(model.layout) for model in (*inputs, target)]
     for name in target.layout:
         groups.setdefault(tuple(group[name] for group in tied), []).append(name)
     return [
@@ -186,7 +201,10 @@ def _check_target(items: Sequence[Item], target: Model) -> None:
             raise MismatchError(f'"{group[0]}" and "{apart[0]}" are tied in the result, but not in every model; tie them in '
                                 "all models, or merge state dicts in which they are not tied")  # fmt: skip
     for item in items:
-        item.library.writable(item.like)
+        try:
+            item.library.writable(item.like)
+        except MergeError as error:
+            raise MergeError(f"out, {tensor(item.name)}: {error}") from None
 
 
 def _check_overlap(items: Sequence[Item], labels: Sequence[str]) -> None:

@@ -97,7 +97,10 @@ class Parameter:
         expected = numbers.Integral if self.type is int else numbers.Real
         if isinstance(value, bool) or not isinstance(value, expected):
             raise MergeError(f"{where} {self.name}={value!r}: must be {'an integer' if self.type is int else 'a number'}")
-        number = self.type(value)
+        try:
+            number = self.type(value)
+        except OverflowError:
+            number = math.inf
         if not math.isfinite(number) or (self.range is not None and number not in self.range):
             limits = f"in {self.range}" if self.range is not None else "finite"
             raise MergeError(f"{where} {self.name}={value!r}: must be {limits}")
@@ -197,8 +200,10 @@ def method(
         if taken is not None and taken.function.__module__ != function.__module__:
             raise TypeError(f"{where}: the name is taken by {taken.function.__module__}; choose another")
         hints = get_type_hints(function, include_extras=True)
-        _, *rest = inspect.signature(function).parameters.values()
-        parameters = {p.name: _read_parameter(p, hints, where) for p in rest}
+        declared = list(inspect.signature(function).parameters.values())
+        if not declared or declared[0].kind is inspect.Parameter.KEYWORD_ONLY:
+            raise TypeError(f"{where}: its first parameter must be the scope, before the *")
+        parameters = {p.name: _read_parameter(p, hints, where) for p in declared[1:]}
         surveys = inspect.isgeneratorfunction(function)
         _methods[name] = Method(name, function, parameters, base, *models, paper, surveys)
         return function
@@ -251,6 +256,8 @@ _RESERVED = frozenset(
 
 def find(name: str) -> Method:
     """Look a method up by name; the error for an unknown one has the nearest name."""
+    if not isinstance(name, str):
+        raise MergeError(f'method={name!r}: must be the name of a method, such as "sfa"')
     if name not in _methods:
         raise unknown("method", name, _methods)
     return _methods[name]

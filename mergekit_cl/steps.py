@@ -10,7 +10,7 @@ the vocabulary that a method has; none of them holds data of a model.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from math import fsum
+from math import fsum, isfinite
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 Statistics: TypeAlias = npt.NDArray[np.float64]
 
 _ONE = 2.0**-48  # how far from one a sum of weights may be, relative to the sum of their magnitudes
+_SCALE = 2.0**-64  # keeps a sum of huge weights from overflowing
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Sum:
     weights: Sequence[float]
     base_weight: float = 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+
     def terms(self, compute: np.dtype[Any]) -> "Terms":
         """Decide which inputs take part, and how, when computing in ``compute`` (float32 or float64).
 
@@ -40,13 +44,16 @@ class Sum:
         whose weight rounds to zero takes no part.
         """
         weights = [(-1, self.base_weight), *enumerate(self.weights)]
-        taking_part = [(source, weight) for source, weight in weights if compute.type(weight) != 0]
-        total, magnitude = fsum(w for _, w in taking_part), fsum(abs(w) for _, w in taking_part)
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = {source: float(compute.type(weight)) for source, weight in weights}
+        taking_part = [(source, weight) for source, weight in weights if rounded[source] != 0]
         reference = None
-        if len(taking_part) > 1 and abs(total - 1) <= _ONE * magnitude:
-            reference = max(taking_part, key=lambda term: abs(term[1]))[0]
+        if len(taking_part) > 1 and all(isfinite(weight) for _, weight in taking_part):
+            scaled = [weight * _SCALE for _, weight in taking_part]
+            if abs(fsum([*scaled, -_SCALE])) <= _ONE * fsum(map(abs, scaled)):
+                reference = max(taking_part, key=lambda term: abs(term[1]))[0]
         others = [(source, weight) for source, weight in taking_part if source != reference]
-        return Terms(tuple(s for s, _ in others), tuple(float(compute.type(w)) for _, w in others), reference)
+        return Terms(tuple(s for s, _ in others), tuple(rounded[s] for s, _ in others), reference)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,12 @@ def test_non_finite_values_are_found_by_the_survey(backend: str) -> None:
         merge([MODELS[0], spoiled], "clipped_average", base=BASE, limit=1, backend=backend)
 
 
+@pytest.mark.usefixtures("clipped_average")
+def test_an_overflow_in_a_survey_is_explained() -> None:
+    with pytest.raises(NonFiniteError, match="the dot products that clipped_average asks for overflow"):
+        merge([np.array([1e200])], "clipped_average", base=np.array([0.0]), limit=1)
+
+
 def test_methods_may_survey_a_different_number_of_times() -> None:
     sweeps = []
 

@@ -37,6 +37,9 @@ class TestNumbers:
         assert merge(models, "linear", weight=[3, 1], normalize=False).tolist() == [6, 10]
         assert merge(models, "linear", weight=2, normalize=False).tolist() == [8, 12]
 
+    def test_huge_weights_are_normalised(self) -> None:
+        assert merge([f32([1]), f32([3])], "linear", weight=[1e308, 1e308]).tolist() == [2]
+
     def test_wise_ft_starts_at_the_base(self) -> None:
         base, model = f32([1, 2]), f32([3, 6])
         assert merge([model], "wise_ft", base=base, alpha=0.25).tolist() == [1.5, 3]
@@ -159,6 +162,19 @@ class TestMappings:
         assert merged["embed"] is merged["head"]
         assert merged["embed"].tolist() == [2, 2]
 
+    def test_scalars_are_not_taken_for_tied_tensors(self) -> None:
+        merged = merge([{"a": np.float32(1), "b": np.float32(2)}, {"a": np.float32(3), "b": np.float32(10)}])
+        assert (merged["a"].item(), merged["b"].item()) == (2, 6)
+
+    def test_tied_models_into_an_output_that_is_not_tied(self) -> None:
+        def model(value: float) -> dict[str, npt.NDArray[Any]]:
+            shared = f32([value])
+            return {"embed": shared, "head": shared}
+
+        out = {"embed": f32([0]), "head": f32([0])}
+        merge([model(1), model(3)], out=out)
+        assert (out["embed"].tolist(), out["head"].tolist()) == ([2], [2])
+
     def test_tensors_tied_in_one_model_only_are_merged_apart(self) -> None:
         shared = f32([1])
         merged = merge([{"a": shared, "b": shared}, {"a": f32([3]), "b": f32([5])}])
@@ -220,11 +236,21 @@ class TestInPlace:
         with pytest.raises(MergeError, match="shares part of its memory"):
             merge([{"a": a, "b": b}, {"a": a.copy(), "b": b.copy()}], out={"a": b, "b": a})
 
+    def test_an_output_that_overlaps_itself_is_refused(self) -> None:
+        out = np.lib.stride_tricks.as_strided(np.zeros(4, F32), (3, 2), (4, 4))
+        with pytest.raises(MergeError, match="several elements share one place"):
+            merge([np.zeros((3, 2), F32)] * 2, out=out)
+
+    def test_integers_beside_an_out_dtype(self) -> None:
+        out: dict[str, npt.NDArray[Any]] = {"w": f32([0]), "n": np.arange(2)}
+        merge([{"w": f32([1]), "n": np.arange(2)}] * 2, out=out, out_dtype="float32")
+        assert out["w"].tolist() == [1]
+
     def test_read_only_output_is_refused(self) -> None:
         target = np.zeros(1, F32)
         target.flags.writeable = False
-        with pytest.raises(MergeError, match="read-only"):
-            merge([f32([1]), f32([2])], out=target)
+        with pytest.raises(MergeError, match='out, tensor "w": the array is read-only'):
+            merge([{"w": f32([1])}, {"w": f32([2])}], out={"w": target})
 
     def test_nothing_is_written_before_all_is_checked(self) -> None:
         models = [{"a": f32([1]), "b": f32([1])}, {"a": f32([3]), "b": f32([np.nan])}]
@@ -276,6 +302,20 @@ class TestBadInput:
             (lambda: merge([f32([1])] * 2, "linear", normalize=1), MergeError, "must be True or False"),
             (lambda: merge([f32([1])] * 2, "linear", weight=[1]), MergeError, "1 values for 2 models"),
             (lambda: merge([f32([1])] * 2, "linear", weight=[1, -1]), MergeError, "the weights sum to zero"),
+            (lambda: merge([f32([1])] * 2, None), MergeError, "method=None: must be the name"),
+            (lambda: merge([f32([1])] * 2, "linear", weight=10**400), MergeError, "must be finite"),
+            (
+                lambda: merge([f32([1])] * 2, "linear", weight=[1e39, 1], normalize=False),
+                MergeError,
+                "are not finite in float32",
+            ),
+            (
+                lambda: merge([f32([1])], "task_arithmetic", base=f32([1]), weight=10, lambda_=1e308),
+                MergeError,
+                "task_arithmetic",
+            ),
+            (lambda: merge([{"a": {"b": None}}] * 2), MergeError, 'model 0: "a.b" is NoneType, not an array'),
+            (lambda: merge([np.ma.masked_array([1.0], [True])] * 2), MergeError, "masked array"),
             (lambda: merge([f32([1])] * 2, "liner"), UnknownNameError, 'unknown method "liner": did you mean "linear"'),
             (lambda: merge([f32([1])] * 2, betta=0.5), UnknownNameError, 'betta": did you mean "beta"'),
             (lambda: merge([f32([1])] * 2, backend="cuda"), UnknownNameError, "unknown backend"),

@@ -123,6 +123,22 @@ def test_the_error_bound(seed: int, dtype: str, data: st.DataObject) -> None:
     check_bound(merge(models[1:2], "wise_ft", base=models[0], alpha=beta), models[:2], [1 - Fraction(beta), Fraction(beta)])
 
 
+@given(st.integers(0, 2**32), st.integers(3, 8))
+def test_the_error_bound_for_many_models(seed: int, count: int) -> None:
+    """Half an ulp plus (K + 1) * 2**-24 * sum |w_k (x_k - ref)|, also where one model is far from all others."""
+    rng = np.random.default_rng(seed)
+    weights = rng.uniform(0.1, 1, count)
+    models = [rng.standard_normal(50).astype(np.float32) * np.float32(1 if k == 0 else 1e-4) for k in range(count)]
+    result = merge(models, "linear", weight=weights.tolist())
+    total, ref = sum(map(Fraction, weights)), models[int(np.argmax(weights))]
+    for index, value in enumerate(result.tolist()):
+        terms = [(Fraction(w) / total, Fraction(float(m[index]))) for w, m in zip(weights, models, strict=True)]
+        exact = sum(w * x for w, x in terms)
+        spread = sum(abs(w * (x - Fraction(float(ref[index])))) for w, x in terms)
+        ulp = Fraction(float(np.spacing(np.float32(abs(exact)))))
+        assert abs(Fraction(value) - exact) <= ulp / 2 + (count + 1) * Fraction(2) ** -24 * spread * Fraction(1001, 1000)
+
+
 def check_bound(result: Array, models: list[Array], weights: list[Fraction]) -> None:
     for index, value in enumerate(result.tolist()):
         terms = [w * Fraction(float(model[index])) for w, model in zip(weights, models, strict=True)]

@@ -23,7 +23,7 @@ def test_the_decorator_returns_the_function_itself() -> None:
         """Mix two models."""
         return Sum([share, 1 - share])
 
-    assert halves(Scope(("w",), 2, False)).weights == [0.5, 0.5]
+    assert halves(Scope(("w",), 2, False)).weights == (0.5, 0.5)
     assert merge([f32([0]), f32([4])], "halves", share=0.25).tolist() == [3]
     assert methods()["halves"].summary == "Mix two models."
     assert str(methods()["halves"].parameters["share"]) == "share=0.5 in [0, 1]"
@@ -76,7 +76,11 @@ def test_refusals() -> None:
     def sfa(scope: Scope) -> Sum:
         """Doc."""
 
+    def scopeless(*, share: float = 1.0) -> Sum:
+        """Doc."""
+
     for function, message in [
+        (scopeless, "first parameter must be the scope"),
         (no_docstring, "needs a docstring"),
         (positional, "keyword-only"),
         (unannotated, "needs an annotation"),
@@ -121,6 +125,22 @@ def test_a_method_that_returns_nonsense_is_named() -> None:
         """Use a base that there is not."""
         return Sum([0.5, 0.5], base_weight=1)
 
-    for name, message in [("broken", "returned NoneType"), ("short", "for 2 models"), ("baseless", "0 base")]:
+    @method(paper="")
+    def dividing(scope: Scope) -> Sum:
+        """Divide by zero."""
+        return Sum([1 / 0])
+
+    @method(paper="")
+    def wordy(scope: Scope) -> Sum:
+        """Weigh with words."""
+        return Sum(["a", 1])  # type: ignore[list-item]
+
+    for name, message in [
+        ("dividing", "dividing failed with ZeroDivisionError: division by zero"),
+        ("wordy", "wordy failed with ValueError"),
+        ("broken", "returned NoneType"),
+        ("short", "for 2 models"),
+        ("baseless", "0 base"),
+    ]:
         with pytest.raises(MergeError, match=message):
             merge([f32([1])] * 2, name)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mergekit_cl.steps import Sum
+from mergekit_cl.steps import Sum, Terms
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -24,12 +24,18 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
         (Sum([0.1, 0.2, 0.7]), (0, 1), 2),  # their sum is 0.9999999999999999
         (Sum([0.1, 0.2, 0.6999]), (0, 1, 2), None),
         (Sum([1, 0]), (0,), None),
+        (Sum([1e30, -1e30, 1]), (1, 2), 0),
         (Sum([0, 0]), (), None),
     ],
 )
 def test_participants(step: Sum, sources: tuple[int, ...], reference: int | None) -> None:
     terms = step.terms(F32)
     assert (terms.sources, terms.reference) == (sources, reference)
+
+
+def test_weights_that_are_huge_or_not_finite() -> None:
+    assert Sum([1e308, 1e308]).terms(F64) == Terms((0, 1), (1e308, 1e308), None)
+    assert Sum([float("inf"), -float("inf")]).terms(F32).reference is None
 
 
 def test_weights_are_rounded_once_to_the_compute_type() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from mergekit_cl.api import prepare
 from mergekit_cl.continual.schedule import MergeSchedule
+from mergekit_cl.dtypes import output_dtype
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
 from mergekit_cl.execute import Executor
 from mergekit_cl.models import open_model
@@ -26,9 +27,9 @@ class SFA:
         theta <- beta * theta_o + (1 - beta) * theta
 
     The anchor is taken when the object is built, and again by `new_task`. It costs one copy of the trainable parameters;
-    frozen parameters cost nothing, and one that is frozen on the way is left alone from then on. Buffers and the optimizer's state are left alone. A step is an update of the optimizer
-    that the loop counts by calling `step`; with `attach`, one that the optimizer carried out (not one that a gradient
-    scaler skipped).
+    frozen parameters cost nothing, and one that is frozen on the way is left alone from then on. Buffers and the optimizer's
+    state are left alone. A step is an update of the optimizer that the loop counts by calling `step`; with `attach`, one that
+    the optimizer carried out (not one that a gradient scaler skipped).
 
     Args:
         model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged).
@@ -85,12 +86,14 @@ class SFA:
             raise MergeError("SFA: both p and every are given; pass one of them")
         self.p = 0.25 if p is None and every is None else p
         self._every = every
-        self._anchor_device, self._anchor_dtype = anchor_device, anchor_dtype
+        self._anchor_device = anchor_device
+        self._anchor_dtype = None if anchor_dtype is None else getattr(torch, output_dtype(anchor_dtype))
         if nonfinite not in ("error", "allow"):
             raise MergeError(f'SFA: nonfinite={nonfinite!r}: must be "error" or "allow"')
         self._nonfinite: Literal["error", "allow"] = nonfinite
         self._backend, self._threads = backend, threads
         self._hook: Any = None
+        self._prepared: tuple[Any, Executor] | None = None
         self.new_task(total_steps=total_steps)
 
     def new_task(self, total_steps: int | None = None) -> None:
@@ -103,8 +106,9 @@ class SFA:
             MergeError: As for the constructor; the running task is then left as it is.
 
         """
-        schedule = _schedule(self.p, self._every, total_steps)
-        self.anchor = self._capture()
+        schedule, anchor = _schedule(self.p, self._every, total_steps), self._capture()
+        self._executor(anchor, self._trainable())  # finds what cannot be merged before training, not in the middle of it
+        self.anchor = anchor
         self._begin(schedule)
 
     def step(self) -> bool:
@@ -114,7 +118,8 @@ class SFA:
             Whether the parameters were averaged with the anchor (in place).
 
         Raises:
-            NonFiniteError: It is time to merge, but a parameter holds NaN or Inf; nothing was written.
+            NonFiniteError: It is time to merge, but a parameter holds NaN or Inf; nothing was written. The step counts, so
+                that a loop which goes on merges at the steps that it would have merged at.
             MergeError: SFA is attached to an optimizer, or a parameter has become trainable since the task began.
 
         """
@@ -151,9 +156,7 @@ class SFA:
             MergeError: The state is not one of SFA.
 
         """
-        missing = [name for name in (*_SETTINGS, "anchor") if name not in state]
-        if missing:
-            raise MergeError(f'SFA: the state lacks "{missing[0]}"; pass what SFA.state_dict() returned')
+        _check_state(state)
         beta = find("sfa").resolve({"beta": state["beta"]}, 2)["beta"]
         schedule = MergeSchedule(state["every"], state["total_steps"])
         self.anchor = self._match(state["anchor"])
@@ -171,6 +174,10 @@ class SFA:
         """Steps of the task."""
         return self._schedule.total_steps
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: not what was prepared for the memory of these very parameters."""
+        return {**self.__dict__, "_prepared": None}
+
     def __repr__(self) -> str:
         return (
             f"SFA(beta={self.beta}, every={self.every}, total_steps={self.total_steps}, step={self.step_count}, "
@@ -180,10 +187,10 @@ class SFA:
     def _begin(self, schedule: MergeSchedule, step: int = 0, merges: int = 0, last: int = 0) -> None:
         self._schedule = schedule
         self.step_count, self.merges, self.last_merge_step = step, merges, last
-        self._prepared: tuple[Any, Executor] | None = None
+        self._prepared = None
 
     def _count(self) -> bool:
-        step = self.step_count + 1
+        self.step_count = step = self.step_count + 1
         if self._schedule.due(step):
             self._merge(step)
             self.merges, self.last_merge_step = self.merges + 1, step
@@ -191,7 +198,6 @@ class SFA:
             _logger.warning(
                 "SFA: the task's %d steps are over, and its last merge is done; until new_task() nothing is merged", step - 1
             )
-        self.step_count = step
         return self.last_merge_step == step
 
     @torch.no_grad()
@@ -205,22 +211,23 @@ class SFA:
                 "when parameters are unfrozen"
             )
         try:
-            self._executor({name: current[name] for name in self.anchor if name in current}).run()
+            self._executor(self.anchor, current).run()
         except NonFiniteError as error:
             raise NonFiniteError(f"SFA, step {step}: nothing was merged\n{error}") from None
 
-    def _executor(self, current: dict[str, torch.Tensor]) -> Executor:
-        """Prepare the merge; keep it as long as the parameters stay where they are in memory."""
+    def _executor(self, kept: Mapping[str, torch.Tensor], current: dict[str, torch.Tensor]) -> Executor:
+        """Prepare the merge of an anchor into the parameters; keep it as long as these stay where they are in memory."""
+        current = {name: current[name] for name in kept if name in current}
         key = [self.beta, *((name, p.data_ptr(), p.dtype, p.device, p.is_contiguous()) for name, p in current.items())]
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
-        anchor = {name: self.anchor[name].to(p.device) for name, p in current.items()}
+        anchor = {name: kept[name].to(p.device) for name, p in current.items()}
         executor, _ = prepare(
             find("sfa"), [anchor, current], None, current,
             backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters={"beta": self.beta},
             labels=["anchor", "current"], constant=frozenset({0}),
         )  # fmt: skip
-        beside = all(anchor[name] is self.anchor[name] and p.is_contiguous() for name, p in current.items())
+        beside = all(anchor[name] is kept[name] and p.is_contiguous() for name, p in current.items())
         self._prepared = (key, executor) if beside else None
         return executor
 
@@ -231,7 +238,12 @@ class SFA:
         return dict(self._source)  # _name made it a mapping
 
     def _trainable(self) -> dict[str, torch.Tensor]:
-        return {name: p for name, p in self._parameters().items() if p.requires_grad}
+        """Parameters to average; of those that share all their memory the first."""
+        found: dict[Any, tuple[str, torch.Tensor]] = {}
+        for name, p in self._parameters().items():
+            if p.requires_grad:
+                found.setdefault((p.data_ptr(), p.shape, p.stride()) if p.numel() else name, (name, p))
+        return dict(found.values())
 
     def _capture(self) -> dict[str, torch.Tensor]:
         """Copy the trainable parameters."""
@@ -253,7 +265,8 @@ class SFA:
     def _match(self, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy a saved anchor to where this one is kept, after checking that it is one of this model."""
         known = self._parameters()
-        problems = [f'the saved anchor has "{name}", which the model lacks' for name in saved if name not in known]
+        problems = [f'"{name}": the saved anchor holds NaN or Inf' for name, t in saved.items() if not t.isfinite().all()]
+        problems += [f'the saved anchor has "{name}", which the model lacks' for name in saved if name not in known]
         problems += [f'the saved anchor lacks "{name}"' for name in self._trainable() if name not in saved]
         problems += [
             f'"{name}": the saved anchor has shape {tuple(tensor.shape)}, the model {tuple(known[name].shape)}'
@@ -274,15 +287,40 @@ def _schedule(p: float | None, every: int | None, total_steps: int | None) -> Me
     return MergeSchedule.from_fraction(p, total_steps)
 
 
-def _name(parameters: Iterable[Any]) -> dict[str, torch.Tensor]:
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Refuse a state that `SFA.state_dict` cannot have returned."""
+    missing = [name for name in (*_SETTINGS, "anchor") if name not in state]
+    if missing:
+        raise MergeError(f'SFA: the state lacks "{missing[0]}"; pass what SFA.state_dict() returned')
+    counters = ("step_count", "merges", "last_merge_step")
+    wrong = [name for name in counters if not isinstance(state[name], int) or state[name] < 0]
+    if not isinstance(state["anchor"], Mapping) or not all(_is_floating(t) for t in state["anchor"].values()):
+        wrong.append("anchor")
+    if state["p"] is not None:
+        MergeSchedule.from_fraction(state["p"], 1)
+    if wrong:
+        raise MergeError(f'SFA: "{wrong[0]}" in the state is damaged: {state[wrong[0]]!r:.80}')
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _name(parameters: Any) -> dict[str, torch.Tensor]:
     """Name parameters that come without a module; each is taken once."""
     named: dict[str, torch.Tensor] = {}
+    if isinstance(parameters, torch.Tensor):
+        parameters = [parameters]
+    if not isinstance(parameters, Iterable):
+        raise MergeError(f"SFA: got {type(parameters).__name__}; pass a torch.nn.Module, or its parameters")
     for index, item in enumerate(parameters):
         name, parameter = item if isinstance(item, tuple) else (f"parameter {index}", item)
         if not isinstance(parameter, torch.Tensor):
             raise MergeError(
                 f"SFA: {name} is {type(parameter).__name__}; pass a torch.nn.Module, parameters, or pairs of name and parameter"
             )
+        if name in named and named[name] is not parameter:
+            raise MergeError(f'SFA: two parameters are called "{name}"; give them names of their own')
         if not any(parameter is other for other in named.values()):
             named[name] = parameter
     return named

@@ -1,6 +1,8 @@
 """When to merge while training on a task."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 from mergekit_cl.errors import MergeError
 
@@ -16,9 +18,9 @@ class MergeSchedule:
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("every", self.every), ("total_steps", self.total_steps)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise MergeError(f"{name}={value!r}: must be a whole number of steps, at least 1")
+        object.__setattr__(self, "every", _steps("every", self.every))
+        if self.total_steps is not None:
+            object.__setattr__(self, "total_steps", _steps("total_steps", self.total_steps))
 
     @classmethod
     def from_fraction(cls, p: float, total_steps: int) -> "MergeSchedule":
@@ -27,10 +29,10 @@ class MergeSchedule:
         >>> MergeSchedule.from_fraction(0.25, 10)
         MergeSchedule(every=2, total_steps=10)
         """
-        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 < p <= 1:
+        if not _is_fraction(p):
             raise MergeError(f"p={p!r}: must be a fraction of the task, above 0 and at most 1")
-        cls(1, total_steps)
-        return cls(max(1, round(p * total_steps)), total_steps)
+        steps = _steps("total_steps", total_steps)
+        return cls(max(1, round(float(p) * steps)), steps)
 
     def due(self, step: int) -> bool:
         """Whether to merge after this step.
@@ -41,3 +43,13 @@ class MergeSchedule:
         if self.total_steps is not None and step >= self.total_steps:
             return step == self.total_steps
         return step % self.every == 0
+
+
+def _steps(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise MergeError(f"{name}={value!r}: must be a whole number of steps, at least 1")
+    return int(value)
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, Real) and value is not True and 0 < float(value) <= 1

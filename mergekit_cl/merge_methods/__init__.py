@@ -1,5 +1,7 @@
 """The merge methods, a file for each: formula, parameters, documentation. Importing this package registers them all."""
 
-from mergekit_cl.merge_methods import linear, sfa, task_arithmetic, wise_ft
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["linear", "sfa", "task_arithmetic", "wise_ft"]
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

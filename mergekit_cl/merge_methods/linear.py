@@ -20,9 +20,11 @@ def linear(scope: Scope, *, weight: PerModel[float] = each(1.0), normalize: bool
 
 def normalized(weights: PerModel[float]) -> list[float]:
     """Scale weights so that they add up to one."""
-    total = fsum(weights)
-    if abs(total) <= 1e-12 * fsum(map(abs, weights)):
+    largest = max(map(abs, weights)) or 1.0
+    scaled = [weight / largest for weight in weights]  # the sum of huge weights would overflow
+    total = fsum(scaled)
+    if abs(total) <= 1e-12 * len(weights):
         raise MergeError(
             f"weight={list(weights)}: the weights sum to zero and cannot be normalised; change them, or pass normalize=False"
         )
-    return [weight / total for weight in weights]
+    return [weight / total for weight in scaled]

@@ -8,7 +8,7 @@ a user who did not: its leaves can only exist where it is in ``sys.modules`` alr
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias, cast
@@ -58,13 +58,14 @@ class Model:
 
     ``rebuild`` returns a value of the model's own kind. ``own_copy`` is set for kinds that can only be copied as a whole and
     then written in place (a ``torch.nn.Module``): called with a dtype (``None`` for each tensor's own) it returns such a copy,
-    opened.
+    opened. ``extra`` is state that is no tensor; a result can only keep it where all models agree.
     """
 
     layout: Layout
     leaves: Mapping[str, Leaf]
     rebuild: Callable[[Mapping[str, Leaf]], Any]
     own_copy: "Callable[[str | None], Model] | None" = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def library_of(value: object) -> Library | None:
@@ -104,7 +105,7 @@ def open_model(value: Any, where: str) -> Model:
         return _opened({"": value}, lambda leaves: leaves[""], where)
     if torch is not None and isinstance(value, torch.nn.Module):
         return _open_module(value, where)
-    if isinstance(value, dict) and _only_arrays(value):
+    if isinstance(value, dict) and any(_walk(value, "")) and _only_arrays(value):
         return _open_mapping(value, where)
     if jax is not None:
         from mergekit_cl.models.jax import flatten
@@ -113,10 +114,10 @@ def open_model(value: Any, where: str) -> Model:
         if leaves:
             return _opened(leaves, rebuild, where)
     if isinstance(value, Mapping):
-        if not isinstance(value, dict) and _only_arrays(value):
+        if not isinstance(value, dict) and value and _only_arrays(dict(value)):
             return _open_mapping(dict(value), where)
-        strange = next(((k, v) for k, v in value.items() if library_of(v) is None), ("", value))
-        detail = "it is empty" if not value else f'"{strange[0]}" is {type(strange[1]).__name__}, not an array'
+        strange = next(((k, v) for k, v in _walk(value, "") if library_of(v) is None), None)
+        detail = "it is empty" if strange is None else f'"{strange[0]}" is {type(strange[1]).__name__}, not an array'
     else:
         detail = f"got {type(value).__name__}"
     raise MergeError(
@@ -140,12 +141,13 @@ def tensor(name: str) -> str:
 
 
 def _open_module(module: Any, where: str) -> Model:
-    from mergekit_cl.models.torch import copy_module, module_tensors
+    from mergekit_cl.models.torch import copy_module, module_extra, module_tensors
 
     def own_copy(dtype: str | None) -> Model:
-        return _open_module(copy_module(module, dtype), where)
+        return _open_module(copy_module(module, dtype, where), where)
 
-    return replace(_opened(module_tensors(module), lambda _: module, where), own_copy=own_copy)
+    opened = _opened(module_tensors(module), lambda _: module, where)
+    return replace(opened, own_copy=own_copy, extra=module_extra(module, where))
 
 
 def _open_mapping(mapping: dict[Any, Any], where: str) -> Model:
@@ -159,9 +161,7 @@ def _open_mapping(mapping: dict[Any, Any], where: str) -> Model:
 
 def _only_arrays(mapping: Mapping[Any, Any]) -> bool:
     """Whether a mapping holds arrays and mappings of arrays, and nothing else."""
-    return bool(mapping) and all(
-        _only_arrays(value) if isinstance(value, dict) else library_of(value) is not None for value in mapping.values()
-    )
+    return all(_only_arrays(value) if isinstance(value, dict) else library_of(value) is not None for value in mapping.values())
 
 
 def _walk(mapping: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Leaf]]:

@@ -5,7 +5,7 @@ import numpy as np
 from mergekit_cl.dtypes import check_mergeable, type_of
 from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import Array, Span
-from mergekit_cl.layout import Entry
+from mergekit_cl.layout import Entry, overlaps_itself
 
 
 def owns(value: object) -> bool:
@@ -14,11 +14,12 @@ def owns(value: object) -> bool:
 
 
 def describe(leaf: Array, name: str) -> Entry:
-    leaf = np.asarray(leaf)
-    dtype = leaf.dtype.name
-    check_mergeable(dtype, "NumPy array")
-    storage = (leaf.ctypes.data, leaf.shape, leaf.strides, dtype) if leaf.size else None
-    return Entry(name, leaf.shape, dtype, "cpu", storage)
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise MergeError("a masked array cannot be merged; fill it first")
+    check_mergeable(leaf.dtype.name, "NumPy array")
+    shared = isinstance(leaf, np.ndarray) and leaf.size  # a scalar has no memory of its own
+    storage = ("cpu", leaf.ctypes.data, leaf.shape, leaf.strides, leaf.dtype.name) if shared else None
+    return Entry(name, leaf.shape, leaf.dtype.name, "cpu", storage)
 
 
 def memory(leaf: Array) -> tuple[int, int]:
@@ -41,7 +42,9 @@ def build(span: Span, leaf: Array) -> Array:
 
 def writable(leaf: Array) -> Span | None:
     if not isinstance(leaf, np.ndarray) or not leaf.flags.writeable:
-        raise MergeError("the array is read-only; pass out= arrays that can be written")
+        raise MergeError("the array is read-only; pass arrays that can be written")
+    if overlaps_itself(leaf.shape, leaf.strides):
+        raise MergeError("several elements share one place in memory; pass an array that holds each of them")
     plain = leaf.flags.c_contiguous and leaf.flags.aligned and leaf.dtype.isnative
     return leaf.reshape(-1) if plain else None
 

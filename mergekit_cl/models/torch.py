@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mergekit_cl.dtypes import check_mergeable, dtype_name
 from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import Span
-from mergekit_cl.layout import Entry
+from mergekit_cl.layout import Entry, overlaps_itself
 
 
 def owns(value: object) -> bool:
@@ -20,6 +20,8 @@ def owns(value: object) -> bool:
 
 def describe(leaf: torch.Tensor, name: str) -> Entry:
     kind = type(leaf).__name__
+    if torch.nn.parameter.is_lazy(leaf):
+        raise MergeError("the parameter has no shape yet; run the model once, so that its lazy modules know theirs")
     if is_traceable_wrapper_subclass(leaf):
         raise MergeError(f"{kind} wraps other tensors (sharded or quantised); gather or dequantise it first")
     if leaf.layout != torch.strided:
@@ -28,7 +30,8 @@ def describe(leaf: torch.Tensor, name: str) -> Entry:
         raise MergeError(f"a tensor on device {leaf.device} cannot be merged; move it to the CPU or to a GPU")
     dtype = dtype_name(leaf.dtype)
     check_mergeable(dtype, kind)
-    storage = (str(leaf.device), leaf.data_ptr(), leaf.shape, leaf.stride(), dtype) if leaf.numel() else None
+    strides = tuple(stride * leaf.element_size() for stride in leaf.stride())
+    storage = (str(leaf.device), leaf.data_ptr(), tuple(leaf.shape), strides, dtype) if leaf.numel() else None
     return Entry(name, tuple(leaf.shape), dtype, str(leaf.device), storage)
 
 
@@ -63,13 +66,15 @@ def build(span: Span, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def writable(leaf: torch.Tensor) -> Span | None:
+    if overlaps_itself(leaf.shape, leaf.stride()):
+        raise MergeError("several elements share one place in memory; pass a tensor that holds each of them")
     plain = leaf.is_contiguous() and not leaf.is_neg() and leaf.data_ptr() % leaf.element_size() == 0
     return span(leaf) if plain else None
 
 
 def written(leaf: torch.Tensor, span: Span | None) -> None:
     if span is not None:
-        with torch.no_grad():
+        with torch.inference_mode(leaf.is_inference()), torch.no_grad():
             leaf.copy_(build(span, leaf))
     elif not leaf.is_inference():
         # autograd must see what the kernels wrote, or a backward pass that is under way would be silently wrong
@@ -78,11 +83,39 @@ def written(leaf: torch.Tensor, span: Span | None) -> None:
 
 def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name; tied ones stand under each of their names."""
-    state: dict[str, Any] = module.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors: dict[str, torch.Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        buffers = {name: b for name, b in part._buffers.items() if name not in part._non_persistent_buffers_set}
+        tensors |= {f"{dot}{name}": t for name, t in {**part._parameters, **buffers}.items() if t is not None}
+    return tensors
 
 
-def copy_module(module: torch.nn.Module, dtype: str | None) -> torch.nn.Module:
+def module_extra(module: torch.nn.Module, where: str) -> dict[str, Any]:
+    """What a module keeps beside tensors, by name: its extra state. An error where that is quantised weights."""
+    extra: dict[str, Any] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[2] == "_extra_state":
+            extra[name] = value
+        elif not isinstance(value, torch.Tensor):
+            raise MergeError(f'{where}: "{name}" is {type(value).__name__}, not a tensor; dequantise the module before merging')
+    return extra
+
+
+def same_extra(one: Any, other: Any) -> bool:
+    """Whether two values of extra state are equal, as far as can be told."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return bool(torch.equal(one, other))
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def copy_module(module: torch.nn.Module, dtype: str | None, where: str) -> torch.nn.Module:
     """Copy a module with its ties, its floating tensors in ``dtype`` if one is given; gradients stay behind."""
-    new = copy.deepcopy(module)
+    try:
+        new = copy.deepcopy(module)
+    except Exception as error:
+        raise MergeError(f"{where}: the module cannot be copied ({error}); merge state dicts, or pass out=") from error
     return new if dtype is None else new.to(getattr(torch, dtype))

@@ -197,9 +197,23 @@ def test_non_finite_parameters_are_named_and_nothing_is_written() -> None:
     with pytest.raises(NonFiniteError, match=r'SFA, step 1: nothing was merged\ncurrent, tensor "2.bias": 1 NaN'):
         sfa.step()
     assert torch.equal(model[0].weight, before["0.weight"])
-    assert sfa.step_count == 0
     with pytest.raises(NonFiniteError, match=r'the anchor of "2.bias" would hold NaN'):
         SFA(model, every=1)
+
+
+def test_a_step_counts_though_its_merge_failed() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    sfa = SFA([weight], every=2, total_steps=5)
+    merged = []
+    for step in range(1, 6):
+        with torch.no_grad():
+            weight.fill_(float("nan") if step == 2 else 1.0)
+        try:
+            merged += [step] if sfa.step() else []
+        except NonFiniteError:
+            merged.append(-step)
+    assert merged == [-2, 4, 5]
+    assert (sfa.merges, sfa.last_merge_step) == (2, 5)
 
 
 def test_non_finite_parameters_pass_when_allowed() -> None:
@@ -306,6 +320,43 @@ def test_bad_settings(arguments: tuple[Any, ...], options: dict[str, Any], messa
         SFA(network(), *arguments, **options)
 
 
+def test_what_cannot_be_merged_is_found_before_training() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    expanded = nn.Parameter(torch.zeros(1).expand(3))
+    for parameters, options, message in [
+        ([weight], {"backend": "nmba"}, 'did you mean "numba"'),
+        ([weight], {"threads": 0}, "threads=0"),
+        ([weight], {"anchor_dtype": torch.int8}, 'out_dtype "int8"'),
+        ([expanded], {}, "several elements share one place in memory"),
+        ([("w", weight), ("w", nn.Parameter(torch.ones(1)))], {}, 'two parameters are called "w"'),
+        (torch.optim.SGD([weight]), {}, "got SGD"),
+        (None, {}, "got NoneType"),
+    ]:
+        with pytest.raises(MergeError, match=message):
+            SFA(parameters, every=1, **options)
+    assert SFA(weight, every=1).anchor.keys() == {"parameter 0"}
+
+
+def test_parameters_that_share_their_memory_are_merged_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight.data = model[0].weight.data
+    sfa = SFA(model, beta=0.5, every=1)
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight += 1
+    assert sfa.step()
+    torch.testing.assert_close(model[1].weight.detach(), before + 0.5)
+
+
+def test_copies_and_pickles() -> None:
+    model = network()
+    sfa = SFA(model, every=2)
+    train(model, torch.optim.SGD(model.parameters(), 0.1), 3, sfa)
+    again = copy.deepcopy(sfa)
+    assert (again.step_count, again.merges) == (3, 1)
+    assert equal(again.anchor, sfa.anchor)
+
+
 def test_nothing_to_train_and_strange_parameters() -> None:
     with pytest.raises(MergeError, match="no parameter requires a gradient"):
         SFA(network().requires_grad_(False), every=1)
@@ -320,6 +371,12 @@ def test_a_state_of_another_model_is_refused() -> None:
         sfa.load_state_dict(state)
     with pytest.raises(MergeError, match='lacks "anchor"'):
         sfa.load_state_dict({k: v for k, v in state.items() if k != "anchor"})
+    for name, value in [("step_count", "x"), ("merges", -1), ("anchor", [1]), ("p", 7.0), ("every", 0)]:
+        with pytest.raises(MergeError, match=name):
+            sfa.load_state_dict({**sfa.state_dict(), name: value})
+    spoiled = {name: torch.full_like(t, float("nan")) for name, t in sfa.anchor.items()}
+    with pytest.raises(MismatchError, match="the saved anchor holds NaN"):
+        sfa.load_state_dict({**sfa.state_dict(), "anchor": spoiled})
     wrong = SFA(network(), every=1).state_dict()
     wrong["anchor"]["0.bias"] = torch.zeros(2)
     with pytest.raises(MismatchError, match=r'"0.bias": the saved anchor has shape \(2,\), the model \(8,\)'):

@@ -1,5 +1,7 @@
 """PyTorch tensors, state dicts and modules as models."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,83 @@ def test_a_module_whose_ties_are_not_in_every_model_is_refused() -> None:
         merge([Tied(1.0), untied])
     merged = merge([dict(Tied(1.0).state_dict()), untied.state_dict()])
     assert (merged["embed.weight"][0, 0].item(), merged["head.weight"][0, 0].item()) == (2, 0.5)
+
+
+def test_a_result_that_is_not_tied_gets_every_tensor() -> None:
+    out = Tied(0.0)
+    out.head.weight = nn.Parameter(torch.zeros(3, 2))
+    merge([Tied(1.0), Tied(3.0)], out=out)
+    assert (out.embed.weight[0, 0].item(), out.head.weight[0, 0].item()) == (2, 2)
+    by_data = [Tied(1.0), Tied(3.0)]
+    for model in by_data:  # copies of such a model are no longer tied
+        model.head.weight = nn.Parameter(torch.zeros(3, 2))
+        model.head.weight.data = model.embed.weight.data
+    merged = merge(by_data)
+    assert (merged.embed.weight[0, 0].item(), merged.head.weight[0, 0].item()) == (2, 2)
+
+
+class Hooked(nn.Linear):
+    """A module whose state dict holds copies, and leaves the bias out."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {"weight": self.weight.detach().clone()}
+
+
+def test_parameters_are_merged_whatever_state_dict_says() -> None:
+    models = [Hooked(1, 1), Hooked(1, 1)]
+    merged = merge(models)
+    torch.testing.assert_close(merged.weight, (models[0].weight + models[1].weight) / 2)
+    torch.testing.assert_close(merged.bias, (models[0].bias + models[1].bias) / 2)
+
+
+class Extra(nn.Linear):
+    """A module with extra state."""
+
+    def __init__(self, extra: object) -> None:
+        super().__init__(1, 1)
+        self.extra = extra
+
+    def get_extra_state(self) -> object:
+        return self.extra
+
+    def set_extra_state(self, state: object) -> None:
+        self.extra = state
+
+
+def test_extra_state_must_agree() -> None:
+    assert merge([Extra({"a": 1}), Extra({"a": 1})]).extra == {"a": 1}
+    for one, other in [({"a": 1}, {"a": 2}), (torch.ones(1), torch.zeros(1))]:
+        with pytest.raises(MismatchError, match='model 1: its extra state "_extra_state" differs'):
+            merge([Extra(one), Extra(other)])
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning", "ignore:.*:FutureWarning")
+def test_quantised_and_lazy_modules_are_refused() -> None:
+    with pytest.raises(MergeError, match=r'model 0, tensor "weight": the parameter has no shape yet'):
+        merge([nn.LazyLinear(2), nn.LazyLinear(2)])
+    packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), {nn.Linear})
+    with pytest.raises(MergeError, match="dequantise the module before merging"):
+        merge([packed, packed])
+
+
+def test_memory_that_overlaps_itself_is_no_output() -> None:
+    out = {"a": torch.zeros(4), "b": torch.zeros(1).expand(4)}
+    with pytest.raises(MergeError, match='out, tensor "b": several elements share one place'):
+        merge([{"a": torch.ones(4), "b": torch.ones(4)}] * 2, out=out)
+    assert out["a"].tolist() == [0, 0, 0, 0]
+
+
+def test_inference_tensors_can_be_written() -> None:
+    with torch.inference_mode():
+        target = torch.zeros(3, 2).t()
+    merge([torch.ones(2, 3), torch.ones(2, 3)], out=target)
+    assert target.sum().item() == 6
+
+
+def test_one_memory_seen_through_two_libraries() -> None:
+    array = np.zeros(3, np.float32)
+    merge([torch.from_numpy(array), torch.ones(3)], out=array)
+    assert array.tolist() == [0.5] * 3
 
 
 def test_state_dicts_stay_state_dicts() -> None:
