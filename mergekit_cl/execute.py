@@ -91,6 +91,15 @@ class Executor:
         self._batches: list[_Batch] | None = None
         self._known: dict[tuple[str, int], float] = {}
 
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether all inputs are read where they lie, and not from copies that were made when this was built."""
+        return all(
+            len(span) == 0 or kernels.address(span) == library_of(leaf).memory(leaf)[0]  # type: ignore[union-attr]
+            for item in self.plan.items
+            for span, leaf in zip(self.spans[item.name], item.leaves, strict=True)
+        )
+
     def run(self, advance: Advance = lambda _: None) -> dict[str, Leaf]:
         """Run once; return the merged tensors by name (in place: the tensors that were written).
 

@@ -48,3 +48,12 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def memory_order(strides: Sequence[int]) -> list[int]:
+    """Dimensions in the order in which memory holds them, from the slowest to the fastest.
+
+    >>> memory_order((12, 1, 4))
+    [0, 2, 1]
+    """
+    return sorted(range(len(strides)), key=lambda dimension: -abs(strides[dimension]))

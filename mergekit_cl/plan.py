@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from mergekit_cl.dtypes import EXACT
 from mergekit_cl.errors import MergeError, MismatchError, listing
 from mergekit_cl.layout import Entry, ties
@@ -111,6 +113,7 @@ def plan(
     device = _check_alignment(inputs, target, labels)
     items = _items(inputs, target)
     if in_place:
+        items = [_flat(item) for item in items]
         _check_target(items, target)
     if check_first:
         _check_overlap(items, labels)
@@ -190,6 +193,16 @@ def _items(inputs: Sequence[Model], target: Model) -> list[Item]:
         )
         for names in groups.values()
     ]
+
+
+def _flat(item: Item) -> Item:
+    """Look at tensors that all lie in memory in the same order, without gaps, in that order: then none has to be copied."""
+    leaves = [*item.leaves, item.like]
+    strides = {leaf.strides if isinstance(leaf, np.ndarray) else getattr(leaf, "stride", tuple)() for leaf in leaves}
+    if len(strides) > 1 or any(not item.library.owns(leaf) for leaf in leaves):
+        return item
+    *dense, like = map(item.library.dense, leaves)
+    return Item(item.names, item.dtype, tuple(dense), like)
 
 
 def _check_target(items: Sequence[Item], target: Model) -> None:

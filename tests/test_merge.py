@@ -218,6 +218,13 @@ class TestInPlace:
         merge([f32([1, 2]), f32([3, 4])], out=target[:, 1])
         assert target.tolist() == [[0, 2, 0, 0], [0, 3, 0, 0]]
 
+    def test_fortran_order_is_merged_where_it_lies(self) -> None:
+        models = [np.asfortranarray(np.arange(6, dtype=F32).reshape(2, 3) + k) for k in (0, 2)]
+        out = np.zeros((2, 3), F32, order="F")
+        assert merge(models, out=out).tolist() == (models[0] + 1).tolist()
+        mixed = merge([models[0], np.ascontiguousarray(models[1])], out=np.zeros((2, 3), F32))
+        assert mixed.tolist() == (models[0] + 1).tolist()
+
     def test_out_decides_the_dtype(self) -> None:
         target = {"w": np.zeros(1, np.float16)}
         assert merge([{"w": f32([1])}, {"w": f32([2])}], out=target) is target

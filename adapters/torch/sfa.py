@@ -218,7 +218,7 @@ class SFA:
     def _executor(self, kept: Mapping[str, torch.Tensor], current: dict[str, torch.Tensor]) -> Executor:
         """Prepare the merge of an anchor into the parameters; keep it as long as these stay where they are in memory."""
         current = {name: current[name] for name in kept if name in current}
-        key = [self.beta, *((name, p.data_ptr(), p.dtype, p.device, p.is_contiguous()) for name, p in current.items())]
+        key = [self.beta, *((name, p.data_ptr(), p.dtype, p.device, p.stride()) for name, p in current.items())]
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
         anchor = {name: kept[name].to(p.device) for name, p in current.items()}
@@ -227,8 +227,8 @@ class SFA:
             backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters={"beta": self.beta},
             labels=["anchor", "current"], constant=frozenset({0}),
         )  # fmt: skip
-        beside = all(anchor[name] is kept[name] and p.is_contiguous() for name, p in current.items())
-        self._prepared = (key, executor) if beside else None
+        beside = all(anchor[name] is kept[name] for name in current)
+        self._prepared = (key, executor) if beside and executor.reads_in_place else None
         return executor
 
     def _parameters(self) -> dict[str, torch.Tensor]:

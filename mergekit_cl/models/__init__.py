@@ -36,6 +36,9 @@ class Library(Protocol):
     def span(self, leaf: Leaf) -> Span:
         """The elements as 1-D contiguous memory: a view where the array is contiguous, else a copy."""
 
+    def dense(self, leaf: Leaf) -> Leaf:
+        """The array with its dimensions in the order of memory, if that makes it contiguous (channels last); else itself."""
+
     def empty(self, leaf: Leaf, dtype: str) -> Span:
         """New 1-D memory on the leaf's device, for as many elements."""
 

@@ -41,6 +41,10 @@ def span(leaf: jax.Array) -> Span:
     return np.asarray(_data(leaf)).reshape(-1)
 
 
+def dense(leaf: jax.Array) -> jax.Array:
+    return leaf
+
+
 def empty(leaf: jax.Array, dtype: str) -> Span:
     if _device(leaf) != "cpu":
         import torch

@@ -5,7 +5,7 @@ import numpy as np
 from mergekit_cl.dtypes import check_mergeable, type_of
 from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import Array, Span
-from mergekit_cl.layout import Entry, overlaps_itself
+from mergekit_cl.layout import Entry, memory_order, overlaps_itself
 
 
 def owns(value: object) -> bool:
@@ -29,6 +29,11 @@ def memory(leaf: Array) -> tuple[int, int]:
 def span(leaf: Array) -> Span:
     leaf = np.asarray(leaf)
     return np.require(leaf, leaf.dtype.newbyteorder("="), ["C", "ALIGNED"]).reshape(-1)
+
+
+def dense(leaf: Array) -> Array:
+    ordered = np.transpose(leaf, memory_order(np.asarray(leaf).strides))
+    return ordered if ordered.flags.c_contiguous else leaf
 
 
 def empty(leaf: Array, dtype: str) -> Span:

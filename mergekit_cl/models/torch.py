@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mergekit_cl.dtypes import check_mergeable, dtype_name
 from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import Span
-from mergekit_cl.layout import Entry, overlaps_itself
+from mergekit_cl.layout import Entry, memory_order, overlaps_itself
 
 
 def owns(value: object) -> bool:
@@ -51,6 +51,11 @@ def span(leaf: torch.Tensor) -> Span:
     if flat.dtype == torch.bfloat16:
         return flat.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return flat.numpy()
+
+
+def dense(leaf: torch.Tensor) -> torch.Tensor:
+    ordered = leaf.permute(memory_order(leaf.stride()))
+    return ordered if ordered.is_contiguous() else leaf
 
 
 def empty(leaf: torch.Tensor, dtype: str) -> Span:

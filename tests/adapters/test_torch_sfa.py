@@ -260,9 +260,19 @@ def test_weights_loaded_by_assignment_are_found() -> None:
         assert equal(weights(model), anchor)
 
 
-def test_strided_parameters() -> None:
-    weight = nn.Parameter(torch.zeros(3, 2).t())
+@pytest.mark.parametrize(
+    ("weight", "kept"),
+    [
+        (torch.zeros(3, 2).t(), True),
+        (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), True),
+        (torch.zeros(3, 4)[:, ::2], False),
+    ],
+)
+def test_strided_parameters(weight: torch.Tensor, kept: bool) -> None:
+    weight = nn.Parameter(weight)
     sfa = SFA({"w": weight}.items(), beta=0.5, every=1)
+    sfa.step()
+    assert (sfa._prepared is not None) is kept
     for value in (4.0, 8.0):
         with torch.no_grad():
             weight.fill_(value)

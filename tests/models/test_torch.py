@@ -164,6 +164,20 @@ def test_in_place_on_any_layout_bumps_the_version() -> None:
         assert tensor._version > version
 
 
+def test_dense_memory_in_any_order_is_merged_where_it_lies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2)]
+    expected = merge(plain, beta=0.3)
+    last = [t.to(memory_format=torch.channels_last) for t in plain]
+    for models, out in [
+        (last, last[0].clone()),
+        (last, plain[0].clone()),
+        ([last[0], plain[1]], last[1].clone()),
+        (last, last[1]),
+    ]:
+        assert torch.equal(merge(models, out=out, beta=0.3), expected)
+
+
 def test_writing_into_the_middle_of_a_graph_is_seen_by_autograd() -> None:
     weight = nn.Parameter(torch.ones(2))
     loss = (weight * weight).sum()
