@@ -110,17 +110,15 @@ def test_models_equal_to_the_base_return_it(seed: int, dtype: str, one: float, t
     assert merge(models[:1], "wise_ft", base=base, alpha=abs(two)).tobytes() == base.tobytes()
 
 
-@given(st.integers(0, 2**32), st.sampled_from(DTYPES), st.data())
-def test_the_error_bound(seed: int, dtype: str, data: st.DataObject) -> None:
+@given(st.integers(0, 2**32), st.sampled_from(DTYPES), st.lists(st.floats(0.01, 1), min_size=2, max_size=2))
+def test_the_error_bound(seed: int, dtype: str, weights: list[float]) -> None:
     """Half an ulp of the output type plus 2**-22 * sum |w x|, against exact arithmetic."""
-    count = data.draw(st.integers(2, 3))
-    weights = data.draw(st.lists(st.floats(0.01, 1), min_size=count, max_size=count))
-    models = [random_array(seed + k, 60, dtype) for k in range(count)]
+    models = [random_array(seed + k, 100, dtype) for k in range(2)]
     total = sum(map(Fraction, weights))
     check_bound(merge(models, "linear", weight=weights), models, [Fraction(w) / total for w in weights])
     beta = weights[0]
-    check_bound(merge(models[:2], "sfa", beta=beta), models[:2], [Fraction(beta), 1 - Fraction(beta)])
-    check_bound(merge(models[1:2], "wise_ft", base=models[0], alpha=beta), models[:2], [1 - Fraction(beta), Fraction(beta)])
+    check_bound(merge(models, "sfa", beta=beta), models, [Fraction(beta), 1 - Fraction(beta)])
+    check_bound(merge(models[1:2], "wise_ft", base=models[0], alpha=beta), models, [1 - Fraction(beta), Fraction(beta)])
 
 
 @given(st.integers(0, 2**32), st.integers(3, 8))
