@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from mergekit_cl.dtypes import EXACT
 from mergekit_cl.errors import MergeError, MismatchError, listing
 from mergekit_cl.layout import Entry, ties
@@ -198,11 +196,10 @@ def _items(inputs: Sequence[Model], target: Model) -> list[Item]:
 def _flat(item: Item) -> Item:
     """Look at tensors that all lie in memory in the same order, without gaps, in that order: then none has to be copied."""
     leaves = [*item.leaves, item.like]
-    strides = {leaf.strides if isinstance(leaf, np.ndarray) else getattr(leaf, "stride", tuple)() for leaf in leaves}
-    if len(strides) > 1 or any(not item.library.owns(leaf) for leaf in leaves):
+    if not all(map(item.library.owns, leaves)):
         return item
-    *dense, like = map(item.library.dense, leaves)
-    return Item(item.names, item.dtype, tuple(dense), like)
+    *inputs, like = item.library.dense(leaves)
+    return Item(item.names, item.dtype, tuple(inputs), like)
 
 
 def _check_target(items: Sequence[Item], target: Model) -> None:

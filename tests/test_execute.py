@@ -78,6 +78,8 @@ def test_bad_scope_and_missing_base() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_finite_values_are_found_by_the_survey(backend: str) -> None:
     spoiled = {"a": f32([1, np.inf]), "b": f32([0])}
+    with pytest.raises(NonFiniteError, match='model 0, tensor "a": 1 Inf'):
+        merge([spoiled], "clipped_average", base=spoiled, limit=1, backend=backend)
     with pytest.raises(NonFiniteError, match='model 1, tensor "a": 1 Inf'):
         merge([MODELS[0], spoiled], "clipped_average", base=BASE, limit=1, backend=backend)
 

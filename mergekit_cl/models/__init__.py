@@ -7,7 +7,7 @@ a user who did not: its leaves can only exist where it is in ``sys.modules`` alr
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -36,8 +36,11 @@ class Library(Protocol):
     def span(self, leaf: Leaf) -> Span:
         """The elements as 1-D contiguous memory: a view where the array is contiguous, else a copy."""
 
-    def dense(self, leaf: Leaf) -> Leaf:
-        """The array with its dimensions in the order of memory, if that makes it contiguous (channels last); else itself."""
+    def dense(self, leaves: Sequence[Leaf]) -> Sequence[Leaf]:
+        """The arrays with their dimensions in the order of memory, if that makes all of them contiguous; else as they are.
+
+        All must lie in memory in the same order, as convolutions in channels-last do.
+        """
 
     def empty(self, leaf: Leaf, dtype: str) -> Span:
         """New 1-D memory on the leaf's device, for as many elements."""

@@ -1,7 +1,7 @@
 """JAX arrays as leaves, and JAX pytrees (Flax parameters, ``nnx.State``) as models."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,8 +41,8 @@ def span(leaf: jax.Array) -> Span:
     return np.asarray(_data(leaf)).reshape(-1)
 
 
-def dense(leaf: jax.Array) -> jax.Array:
-    return leaf
+def dense(leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    return leaves
 
 
 def empty(leaf: jax.Array, dtype: str) -> Span:

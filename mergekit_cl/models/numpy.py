@@ -1,5 +1,7 @@
 """NumPy arrays (and scalars) as leaves; bfloat16 is ``ml_dtypes.bfloat16``."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mergekit_cl.dtypes import check_mergeable, type_of
@@ -31,9 +33,11 @@ def span(leaf: Array) -> Span:
     return np.require(leaf, leaf.dtype.newbyteorder("="), ["C", "ALIGNED"]).reshape(-1)
 
 
-def dense(leaf: Array) -> Array:
-    ordered = np.transpose(leaf, memory_order(np.asarray(leaf).strides))
-    return ordered if ordered.flags.c_contiguous else leaf
+def dense(leaves: Sequence[Array]) -> Sequence[Array]:
+    if len({leaf.strides for leaf in leaves}) > 1:
+        return leaves
+    ordered = [np.transpose(leaf, memory_order(leaf.strides)) for leaf in leaves]
+    return ordered if all(leaf.flags.c_contiguous for leaf in ordered) else leaves
 
 
 def empty(leaf: Array, dtype: str) -> Span:

@@ -1,6 +1,7 @@
 """PyTorch tensors as leaves: viewed as NumPy memory on the CPU, as flat tensors on a GPU."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -53,9 +54,11 @@ def span(leaf: torch.Tensor) -> Span:
     return flat.numpy()
 
 
-def dense(leaf: torch.Tensor) -> torch.Tensor:
-    ordered = leaf.permute(memory_order(leaf.stride()))
-    return ordered if ordered.is_contiguous() else leaf
+def dense(leaves: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if len({leaf.stride() for leaf in leaves}) > 1:
+        return leaves
+    ordered = [leaf.permute(memory_order(leaf.stride())) for leaf in leaves]
+    return ordered if all(leaf.is_contiguous() for leaf in ordered) else leaves
 
 
 def empty(leaf: torch.Tensor, dtype: str) -> Span:
