@@ -9,7 +9,9 @@ Each backend is a module with the functions of `Backend`, and all backends give 
 
 - products, sums and differences are rounded one by one (no FMA contraction) in the *compute type*: float32, or float64 where
   an input is float64; terms are taken in the order of the columns;
-- bfloat16 and float16 are widened exactly and rounded once, to nearest even, also from float64.
+- bfloat16 and float16 are widened exactly and rounded once, to nearest even, also from float64;
+- a *task vector* is the difference of a model from the base, in the compute type, and is never stored. An entry that equals
+  the base's has the difference zero (also where both are infinite).
 """
 
 import importlib
@@ -75,6 +77,88 @@ class Table:
         return np.stack([rows, np.zeros_like(rows), self.lengths], axis=1)
 
 
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """Which entries of task vectors stay, and which are dropped (become zero); K models, an entry for each [row, model].
+
+    ``kind`` "all" keeps everything (the arrays are unused). The others compare the *hash* h of an entry, a uniform 32-bit
+    number: lane ``index % 4`` of Philox-4x32-10 with counter (index // 4, 0, 0, 0) and key ``keys[row, k]``, index being
+    the entry's number in its tensor (a counter beyond 32 bits continues in the second word). See Salmon et al., "Parallel
+    random numbers: as easy as 1, 2, 3", 2011.
+
+    - "random" keeps an entry if h < thresholds[row, k, 0].
+    - "magnitude" compares ``a``, the *pattern* of its magnitude: the bits of ``|x_k - base|`` in the compute type as an
+      integer, where NaN counts as infinity. It keeps an entry if ::
+
+          (a > cuts[row, k, 0] or (a == cuts[row, k, 0] and h < thresholds[row, k, 0]))
+          and (a < cuts[row, k, 1] or (a == cuts[row, k, 1] and h >= thresholds[row, k, 1]))
+
+      The hash of an entry matters only where its magnitude equals a cut whose threshold is not 0.
+    """
+
+    kind: Literal["all", "random", "magnitude"]
+    keys: npt.NDArray[np.uint32]
+    """[rows, K, 2]"""
+    thresholds: npt.NDArray[np.int64]
+    """[rows, K, 2], each in [0, 2**32]"""
+    cuts: npt.NDArray[np.int64]
+    """[rows, K, 2], each in [-1, 2**31) where the compute type is float32, in [-1, 2**63) where it is float64"""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskVectors:
+    """How `Backend.task_vector_merge` computes a result from a base and K task vectors.
+
+    All floating arrays have the compute type. Per entry, every operation rounded to the compute type, sums from +0 in the
+    order of the models::
+
+        d[k] = 0 if x[k] == base else x[k] - base;  0 also if not kept
+        v[k] = scales[row, k] * d[k]
+        u[k] = v[k] (elect "weighted", or None), or votes[row, k] * d[k] ("unweighted")
+        positive = sum(u) >= 0
+        agree[k] = not u[k] <= 0 if positive else not u[k] >= 0;  without election: v[k] != 0      (NaN agrees)
+        total = sum of v[k] that agree;  combine "max": the one of largest magnitude, the first of equals (a NaN wins)
+        "weight_mean": total /= (sum of shares[row, k] that agree, or 1 where that is 0)
+        "count_mean": total /= (number that agree, or 1)
+        change = factors[row] * total
+        out = base if change == 0 else base + change
+    """
+
+    keep: Keep
+    elect: Literal["weighted", "unweighted"] | None
+    combine: Literal["sum", "weight_mean", "count_mean", "max"]
+    scales: Array
+    """[rows, K]"""
+    votes: Array
+    """[rows, K]"""
+    shares: Array
+    """[rows, K]"""
+    factors: Array
+    """[rows]"""
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """A cut of each row of a table into slices of equal length: rows of a matrix or, ``strided``, its columns.
+
+    A row of n elements has ``n // lengths[row]`` slices. Element j of slice s is element ``s * lengths[row] + j`` of the
+    row, or, strided, element ``j * (n // lengths[row]) + s``. What is given per slice is in one array for the whole
+    table; that of slice s of a row is at ``first[row] + s``.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    strided: bool
+
+    def counts(self, table: Table) -> npt.NDArray[np.int64]:
+        """Count the slices of each row, int64 [rows]."""
+        return table.lengths // self.lengths
+
+    def first(self, table: Table) -> npt.NDArray[np.int64]:
+        """Return where each row's slices begin when those of all rows are counted, int64 [rows]."""
+        counts = self.counts(table)
+        return np.cumsum(counts) - counts
+
+
 class Backend(Protocol):
     """What a backend provides. ``pieces`` is int64 [pieces, 3]: (row, start, stop)."""
 
@@ -107,7 +191,85 @@ class Backend(Protocol):
             pieces: What to read; each starts at a multiple of `BLOCK`.
 
         Returns:
-            float64 [blocks, K, K]: sums of float64 products. Only here the last bits are a backend's own.
+            float64 [blocks, K, K]: sums of float64 products. In floating sums like this one, and only there, the last bits
+            are a backend's own.
+
+        """
+
+    def gram_of_slices(self, table: Table, about: bool, slices: Slices, pieces: Array) -> npt.NDArray[np.float64]:
+        """Sum the products of all pairs of columns over each slice; arguments as for `gram`, but for the pieces.
+
+        Args:
+            table: As for `gram`.
+            about: As for `gram`.
+            slices: How the rows are cut.
+            pieces: (row, first slice, slice after the last).
+
+        Returns:
+            float64 [slices of all pieces, K, K], in their order.
+
+        """
+
+    def weighted_sum_of_slices(
+        self, table: Table, weights: Array, references: npt.NDArray[np.int64], slices: Slices, pieces: Array
+    ) -> npt.NDArray[np.bool_]:
+        """Compute `weighted_sum` with weights, and a reference, for each slice.
+
+        Args:
+            table: Columns [x_0, ..., x_{K-1}, out].
+            weights: [slices of all rows, K] in the compute type. That of a reference does not matter.
+            references: The column that a slice is summed about, int64 [slices of all rows]; -1 for a plain sum. An entry
+                equal to the reference contributes exactly nothing; an input of weight zero too.
+            slices: How the rows are cut.
+            pieces: (row, first slice, slice after the last).
+
+        Returns:
+            bool [rows]: True where a result that was written is not finite.
+
+        """
+
+    def magnitude_histogram(
+        self, table: Table, low: Array, shift: Array, bins: int, wide: bool, pieces: Array
+    ) -> npt.NDArray[np.int64]:
+        """Count the magnitudes of task vectors in a window of their patterns (see `Keep`), all models in one sweep.
+
+        Args:
+            table: Columns [base, x_0, ..., x_{K-1}]; nothing is written. A column may occur twice.
+            low: Where the windows start, int64 [rows, K].
+            shift: Pattern p counts in bin ``(p - low[row, k]) >> shift[row, k]`` if that is in [0, bins); int64 [rows, K].
+            bins: Bins of every window.
+            wide: Whether patterns are those of the magnitudes as float64, 63 bits, although the compute type is float32.
+            pieces: What to read.
+
+        Returns:
+            int64 [pieces, K, bins + 2]: the bins; then how many patterns are above the window; then how many ``x_k - base``
+            are NaN or infinite (they have the pattern of infinity).
+
+        """
+
+    def kept_magnitude(self, table: Table, keep: Keep, pieces: Array) -> npt.NDArray[np.float64]:
+        """Sum ``|x_k - base|`` over each `BLOCK` of the pieces, in their order: of all entries, and of those that are kept.
+
+        Args:
+            table: Columns [base, x_0, ..., x_{K-1}]; nothing is written.
+            keep: Which entries are kept.
+            pieces: What to read; each starts at a multiple of `BLOCK`.
+
+        Returns:
+            float64 [blocks, K, 2]: sums in float64 of magnitudes in the compute type; the last bits are a backend's own.
+
+        """
+
+    def task_vector_merge(self, table: Table, how: TaskVectors, pieces: Array) -> npt.NDArray[np.bool_]:
+        """Trim or drop, weigh, elect signs, average what agrees, add to the base; written into the last column.
+
+        Args:
+            table: Columns [base, x_0, ..., x_{K-1}, out]. ``out`` may be one of the inputs of its row.
+            how: What to compute.
+            pieces: What to compute it for; each starts at a multiple of `BLOCK`.
+
+        Returns:
+            bool [rows]: True where a result, or any difference ``x_k - base`` (also one that is dropped), is not finite.
 
         """
 
