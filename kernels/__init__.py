@@ -229,7 +229,7 @@ class Backend(Protocol):
         """
 
     def magnitude_histogram(
-        self, table: Table, low: Array, shift: Array, bins: int, wide: bool, pieces: Array
+        self, table: Table, low: Array, shift: Array, bins: int, wide: bool, groups: npt.NDArray[np.intp], pieces: Array
     ) -> npt.NDArray[np.int64]:
         """Count the magnitudes of task vectors in a window of their patterns (see `Keep`), all models in one sweep.
 
@@ -239,10 +239,11 @@ class Backend(Protocol):
             shift: Pattern p counts in bin ``(p - low[row, k]) >> shift[row, k]`` if that is in [0, bins); int64 [rows, K].
             bins: Bins of every window.
             wide: Whether patterns are those of the magnitudes as float64, 63 bits, although the compute type is float32.
+            groups: For each piece the histogram that it is added to: [pieces], from 0 to groups - 1, all of which occur.
             pieces: What to read.
 
         Returns:
-            int64 [pieces, K, bins + 2]: the bins; then how many patterns are above the window; then how many ``x_k - base``
+            int64 [groups, K, bins + 2]: the bins; then how many patterns are above the window; then how many ``x_k - base``
             are NaN or infinite (they have the pattern of infinity).
 
         """

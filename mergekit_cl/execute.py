@@ -9,20 +9,21 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from math import fsum
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from mergekit_cl import kernels
+from mergekit_cl.batches import Batch, Binder, Row
 from mergekit_cl.dtypes import largest_finite
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
-from mergekit_cl.kernels import BLOCK, Array, Span, Table
+from mergekit_cl.kernels import BLOCK, Array, Slices, Span, Table
 from mergekit_cl.models import Leaf, library_of, tensor
 from mergekit_cl.plan import Item, Plan
-from mergekit_cl.steps import Apply, Gram, Statistics, Sum, Survey, Terms
+from mergekit_cl.steps import Apply, Survey
+from mergekit_cl.survey import carry_out
 
 CHUNK = 64 * BLOCK
 """Elements that a thread takes at a time, at most: large enough to stream, small enough to share out evenly."""
@@ -30,33 +31,6 @@ CHUNK = 64 * BLOCK
 Nonfinite: TypeAlias = Literal["error", "allow"]
 Advance: TypeAlias = Callable[[int], None]
 """Called with the number of elements that have been merged since the last call."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """One tensor of an apply step: the memory that it is read from, and the memory that it is written to.
-
-    ``direct`` says that this is the result's own memory, so that it need not be copied there.
-    """
-
-    item: Item
-    terms: Terms
-    inputs: tuple[Span, ...]
-    out: Span
-    direct: bool = False
-
-
-class _Batch:
-    """Rows that one kernel call takes: the same inputs in the same dtypes, all or none of them about a reference."""
-
-    def __init__(self, rows: list[_Row]) -> None:
-        self.rows = rows
-        self.sources = rows[0].terms.inputs
-        self.about = rows[0].terms.reference is not None
-        self.inputs = Table([row.inputs for row in rows])
-        self.table = Table([(*row.inputs, row.out) for row in rows])
-        self.weights = np.array([row.terms.weights for row in rows], self.inputs.compute)
-        self.copied = rows[0].terms.copied is not None and self.table.dtypes[0] == self.table.dtypes[1]
 
 
 class Executor:
@@ -88,7 +62,7 @@ class Executor:
         self.spans = {item.name: tuple(map(_span, item.leaves)) for item in plan.items}
         self.elements = sum(len(spans[0]) for spans in self.spans.values())
         self._pool: ThreadPoolExecutor | None = None
-        self._batches: list[_Batch] | None = None
+        self._batches: list[Batch] | None = None
         self._known: dict[tuple[str, int], float] = {}
 
     @property
@@ -140,87 +114,59 @@ class Executor:
             raise MergeError(f"{plan.method.name} failed with {type(error).__name__}: {error}; check its parameters") from error
         return [(item, step) for (_, group), step in zip(plan.scopes, outcomes, strict=True) for item in group]
 
-    def _lockstep(self, runs: Sequence[Generator[Survey, Statistics, Apply]]) -> list[Apply]:
+    def _lockstep(self, runs: Sequence[Generator[Survey, Any, Apply]]) -> list[Apply]:
         steps: dict[int, Apply] = {}
-        replies: dict[int, Statistics | None] = dict.fromkeys(range(len(runs)))
+        replies: dict[int, Any] = dict.fromkeys(range(len(runs)))
         while replies:
             asked: dict[int, Survey] = {}
             for number, reply in replies.items():
                 try:
-                    asked[number] = runs[number].send(reply)  # type: ignore[arg-type]  # None starts a generator
+                    asked[number] = runs[number].send(reply)
                 except StopIteration as end:
                     steps[number] = end.value
             replies = dict(self._survey(asked))
         return [steps[number] for number in range(len(runs))]
 
-    def _survey(self, asked: dict[int, Survey]) -> dict[int, Statistics]:
-        """Carry out the surveys of many scopes; one sweep over each group of tensors that a kernel can take together."""
-        groups: dict[tuple[Survey, tuple[str, ...]], list[tuple[int, tuple[Span, ...]]]] = {}
-        for number, survey in asked.items():
-            if not isinstance(survey, Gram):
-                raise MergeError(f"{self.plan.method.name}: yielded {type(survey).__name__}, which is not a survey")
-            for item in self.plan.scopes[number][1]:
-                columns = self._columns(item, survey)
-                groups.setdefault((survey, Table([columns]).dtypes), []).append((number, columns))
-        sums: dict[int, list[Statistics]] = {number: [] for number in asked}
-        for (survey, _), members in groups.items():
-            table = Table([columns for _, columns in members])
-            for pieces, blocks in self._map(partial(self.backend.gram, table, survey.task_vectors), table):
-                owners = np.repeat(pieces[:, 0], -(-(pieces[:, 2] - pieces[:, 1]) // BLOCK))
-                for row in np.unique(owners):
-                    sums[members[row][0]].append(blocks[owners == row])
-        results = {number: add_exactly(sums[number], self._order(asked[number])) for number in asked}
-        if self.nonfinite == "error":
-            spoiled = [number for number, result in results.items() if not np.isfinite(result).all()]
-            rows = [(item, self._columns(item, asked[n])) for n in spoiled for item in self.plan.scopes[n][1]]
-            if rows:
-                raise self._explain([_Row(item, _FIRST, columns, None) for item, columns in rows])
-        return results
+    def _survey(self, asked: dict[int, Survey]) -> dict[int, Any]:
+        """Carry out the surveys of many scopes."""
+        return carry_out(self, asked)
 
-    def _columns(self, item: Item, survey: Survey) -> tuple[Span, ...]:
-        """A tensor's spans in the order of a survey: the base, where there is one, comes first."""
-        spans = self.spans[item.name]
-        if survey.task_vectors and not self.plan.has_base:
-            raise MergeError(f'{self.plan.method.name}: task vectors need a base; declare base="required" in @method')
-        return (spans[-1], *spans[:-1]) if self.plan.has_base else spans
+    def sweep(
+        self,
+        call: Callable[[Array], Any],
+        table: Table,
+        slices: Slices | None = None,
+        *,
+        few: bool = False,
+        backwards: bool = False,
+    ) -> Iterable[tuple[Array, Any]]:
+        """Call a kernel for all pieces of a table, in threads on a CPU; yield each share of pieces with its result.
 
-    def _order(self, survey: Survey) -> int:
-        """Rows of the Gram matrix."""
-        return self.plan.models + (self.plan.has_base and not survey.task_vectors)
+        ``slices`` makes the pieces count slices; ``few`` asks for large shares, because each of them costs something.
+        """
+        if slices is not None:
+            shares = deal_slices(table.lengths, slices.lengths, self.threads, CHUNK, self.plan.device == "cpu")
+        elif self.plan.device != "cpu":
+            shares = [table.whole]
+        else:
+            chunk = max(CHUNK, -(-int(table.lengths.sum()) // (2 * self.threads * BLOCK)) * BLOCK) if few else CHUNK
+            shares = deal(table.lengths, self.threads, chunk)
+        if backwards:
+            shares.reverse()
+        return zip(shares, (self._pool.map if self._pool else map)(call, shares), strict=True)
 
     # Apply
 
-    def _batch(self, steps: Iterable[tuple[Item, Apply]]) -> list[_Batch]:
+    def _batch(self, steps: Iterable[tuple[Item, Apply]]) -> list[Batch]:
         """Put every tensor into a batch with its like."""
-        batches: dict[Any, list[_Row]] = {}
+        binder = Binder(self.plan, self.spans, finite=self.nonfinite == "error")
         for item in self.plan.exact:
-            batches.setdefault(item.dtype, []).append(_Row(item, _FIRST, self.spans[item.name][:1], *self._output(item)))
+            binder.add_copy(item)
         for item, step in steps:
-            spans = self.spans[item.name]
-            terms = self._terms(step, spans)
-            row = _Row(item, terms, tuple(spans[source] for source in terms.inputs), *self._output(item))
-            dtypes = Table([(*row.inputs, row.out)]).dtypes
-            batches.setdefault((terms.inputs, terms.reference, terms.copied, dtypes), []).append(row)
-        return [_Batch(rows) for rows in batches.values()]
+            binder.add(item, step)
+        return binder.batches()
 
-    def _terms(self, step: Apply, spans: Sequence[Span]) -> Terms:
-        name = self.plan.method.name
-        if not isinstance(step, Sum):
-            raise MergeError(f"{name}: returned {type(step).__name__}, which is not an apply step")
-        if len(step.weights) != self.plan.models or (step.base_weight and not self.plan.has_base):
-            raise MergeError(f"{name}: returned {step} for {self.plan.models} models and {int(self.plan.has_base)} base")
-        taking_part = step.terms(np.dtype(np.float64)).inputs
-        terms = step.terms(Table([[spans[source] for source in taking_part]]).compute)
-        if self.nonfinite == "error" and not np.isfinite(terms.weights).all():
-            raise MergeError(f"{name}: its weights {step} are not finite in {spans[0].dtype}; check the parameters")
-        return terms
-
-    def _output(self, item: Item) -> tuple[Span, bool]:
-        """Memory to write a result to, and whether it is that of the target."""
-        span = item.library.writable(item.like) if self.plan.in_place else None
-        return (item.library.empty(item.like, item.dtype), False) if span is None else (span, True)
-
-    def _finish(self, row: _Row) -> dict[str, Leaf]:
+    def _finish(self, row: Row) -> dict[str, Leaf]:
         """Hand a merged tensor back under each of its names."""
         item = row.item
         if not self.plan.in_place:
@@ -231,27 +177,16 @@ class Executor:
         item.library.written(item.like, None if row.direct else row.out)
         return dict.fromkeys(item.names, item.like)
 
-    def _apply(self, batch: _Batch, advance: Advance) -> list[_Row]:
+    def _apply(self, batch: Batch, advance: Advance) -> list[Row]:
         """Compute a batch; return the rows in which a result is not finite."""
         spoiled = np.zeros(len(batch.rows), bool)
-        call: Callable[[Array], Any]
-        if batch.copied or not batch.sources:
-            call = partial(_copy, batch.table)
-            if self.nonfinite == "error" and batch.copied and not self.plan.check_first:
-                spoiled |= ~np.isfinite(self._largest(batch.inputs)).all(axis=1)
-        else:
-            call = partial(self.backend.weighted_sum, batch.table, batch.weights, batch.about)
-        for pieces, flags in self._map(call, batch.table, backwards=self.plan.check_first):
+        if batch.copied and self.nonfinite == "error" and not self.plan.check_first:
+            spoiled |= ~np.isfinite(self._largest(batch.inputs)).all(axis=1)
+        for pieces, flags in self.sweep(batch.call(self.backend), batch.table, batch.slices, backwards=self.plan.check_first):
             spoiled |= flags
-            advance(int((pieces[:, 2] - pieces[:, 1]).sum()))
+            sizes = pieces[:, 2] - pieces[:, 1]
+            advance(int((sizes if batch.slices is None else sizes * batch.slices.lengths[pieces[:, 0]]).sum()))
         return [row for row, bad in zip(batch.rows, spoiled, strict=True) if bad]
-
-    def _map(self, call: Callable[[Array], Any], table: Table, backwards: bool = False) -> Iterable[tuple[Array, Any]]:
-        """Call a kernel for all pieces of a table, in threads on a CPU; yield each share of pieces with its result."""
-        shares = deal(table.lengths, self.threads, CHUNK) if self.plan.device == "cpu" else [table.whole]
-        if backwards:
-            shares.reverse()
-        return zip(shares, (self._pool.map if self._pool else map)(call, shares), strict=True)
 
     # Checks
 
@@ -273,11 +208,11 @@ class Executor:
         """Find the largest magnitude of each span of a table, float64 [rows, columns]; integers count as zero."""
         largest = np.zeros((len(table.spans), len(table.dtypes)))
         if table.dtypes and table.dtypes[0] in kernels.FLOATING:
-            for _, part in self._map(partial(self.backend.largest_magnitude, table), table):
+            for _, part in self.sweep(partial(self.backend.largest_magnitude, table), table):
                 np.maximum(largest, part, out=largest)
         return largest
 
-    def _largest_inputs(self, batch: _Batch) -> Array:
+    def _largest_inputs(self, batch: Batch) -> Array:
         """As `_largest`, but inputs that never change are read only once."""
         largest = np.zeros((len(batch.rows), len(batch.sources)))
         for column, source in enumerate(batch.sources):
@@ -290,47 +225,53 @@ class Executor:
                 self._known.update(zip(keys, largest[:, column].tolist(), strict=True))
         return largest
 
-    def _check_before_writing(self, batches: Sequence[_Batch]) -> None:
+    def _check_before_writing(self, batches: Sequence[Batch]) -> None:
         """Refuse non-finite inputs, and results that would overflow, while nothing has been written yet."""
-        spoiled: list[_Row] = []
+        spoiled: list[Row] = []
         for batch in batches:
             if not batch.sources or batch.table.dtypes[-1] not in kernels.FLOATING:
                 continue
-            largest, weights = self._largest_inputs(batch), np.abs(batch.weights.astype(np.float64))
-            spread: Array = largest[:, batch.about :] + (largest[:, :1] if batch.about else 0.0)
-            bound: Array = np.maximum((weights * spread).sum(axis=1) + largest.max(axis=1), spread.max(axis=1))
-            limit = min(largest_finite(batch.table.dtypes[-1]), largest_finite(batch.weights.dtype.name))
+            largest = self._largest_inputs(batch)
+            with np.errstate(invalid="ignore", over="ignore"):
+                bound = batch.bound(largest)
+            limit = min(largest_finite(batch.table.dtypes[-1]), largest_finite(batch.inputs.compute.name))
             infinite = np.logical_not(np.isfinite(largest).all(axis=1, keepdims=False))
             spoiled += [row for row, bad in zip(batch.rows, infinite, strict=True) if bad]
             # rare: an overflow cannot be ruled out, so compute into memory of its own, and see
             doubtful = np.logical_and(~infinite, 1.001 * bound >= limit)
             trial = [
-                _Row(row.item, row.terms, row.inputs, row.item.library.empty(row.item.like, row.item.dtype))
+                replace(row, out=row.item.library.empty(row.item.like, row.item.dtype), direct=False)
                 for row, doubt in zip(batch.rows, doubtful, strict=True)
                 if doubt
             ]
-            spoiled += self._apply(_Batch(trial), lambda _: None) if trial else []
+            spoiled += self._apply(batch.like(trial), lambda _: None) if trial else []
         if spoiled:
             raise self._explain(spoiled)
 
-    def _explain(self, rows: Sequence[_Row]) -> MergeError:
+    def _explain(self, rows: Sequence[Row]) -> MergeError:
         """Say which tensors of which models hold what, or which results overflow."""
         problems = []
         for row in rows:
             name = tensor(row.item.name)
-            faults = [
-                f"{label}, {name}: {counts}"
-                for span, label in zip(self.spans[row.item.name], self.plan.labels, strict=True)
-                if any(span is read for read in row.inputs) and (counts := _count_nonfinite(span))
-            ]
             overflow = f"{name}: finite inputs overflow {row.item.dtype} when merged; choose a wider dtype or smaller weights"
-            problems += faults or ([] if row.out is None else [overflow])
-        if not problems:
-            problems = [f"{tensor(rows[0].item.name)}: the dot products that {self.plan.method.name} asks for overflow"]
+            problems += self._faults(row.item, row.inputs) or [overflow]
         return NonFiniteError(listing(problems))
 
+    def refuse_nonfinite(self, spoiled: Iterable[tuple[Item, tuple[Span, ...]]]) -> None:
+        """Raise an error that explains what is not finite in these inputs, if there are any, and if it is not allowed."""
+        rows = list(spoiled)
+        if rows and self.nonfinite == "error":
+            problems = [fault for item, inputs in rows for fault in self._faults(item, inputs)]
+            method, name = self.plan.method.name, tensor(rows[0][0].name)
+            raise NonFiniteError(listing(problems or [f"{name}: what {method} asks for, of finite inputs, overflows"]))
 
-_FIRST = Terms((0,), (1.0,), None)
+    def _faults(self, item: Item, inputs: Sequence[Span]) -> list[str]:
+        """List what is not finite in the inputs of a tensor that are read."""
+        return [
+            f"{label}, {tensor(item.name)}: {counts}"
+            for span, label in zip(self.spans[item.name], self.plan.labels, strict=True)
+            if any(span is read for read in inputs) and (counts := _count_nonfinite(span))
+        ]
 
 
 def _span(leaf: Leaf) -> Span:
@@ -351,24 +292,6 @@ def _count_nonfinite(span: Span) -> str:
     values = _on_host(span)
     counts = {"NaN": int(np.isnan(values).sum()), "Inf": int(np.isinf(values).sum())}
     return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-
-
-def _copy(table: Table, pieces: Array) -> bool:
-    """Copy the first column to the last, byte for byte; without an input, write zeros."""
-    for row, start, stop in pieces.tolist():
-        *inputs, out = table.spans[row]
-        out[start:stop] = inputs[0][start:stop] if inputs else 0
-    return False
-
-
-def add_exactly(blocks: Sequence[Statistics], order: int) -> Statistics:
-    """Add up partial sums without rounding in between, so that their order does not show."""
-    if not blocks:
-        return np.zeros((order, order))
-    stacked = np.concatenate(blocks).reshape(-1, order * order)
-    if not np.isfinite(stacked).all():
-        return np.full((order, order), np.nan)
-    return np.array([fsum(column) for column in stacked.T]).reshape(order, order)
 
 
 def deal(lengths: Array, threads: int, chunk: int) -> list[Array]:
@@ -398,6 +321,18 @@ def deal(lengths: Array, threads: int, chunk: int) -> list[Array]:
             room -= stop - start
             start = stop
     return [np.array(share, np.int64) for share in shares]
+
+
+def deal_slices(lengths: Array, slices: Array, threads: int, chunk: int, cut: bool = True) -> list[Array]:
+    """As `deal`, for pieces that count slices, (row, first slice, slice after the last); without ``cut`` all in one share."""
+    size = min(chunk, max(1, int(lengths.sum()) // threads))
+    shares = []
+    for row, (count, length) in enumerate(zip((lengths // slices).tolist(), slices.tolist(), strict=True)):
+        step = max(1, size // length)
+        shares += [[(row, first, min(first + step, count))] for first in range(0, count, step)]
+    if not cut:
+        shares = [[piece for share in shares for piece in share]]
+    return [np.array(share, np.int64).reshape(-1, 3) for share in shares]
 
 
 def _processors() -> int:

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, Literal, get_args
 
 from mergekit_cl.dtypes import EXACT
@@ -33,6 +34,11 @@ class Item:
     def name(self) -> str:
         """The first of the names."""
         return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all of the arrays."""
+        return self.library.describe(self.like, self.name).shape
 
     @cached_property
     def library(self) -> Library:
@@ -111,7 +117,8 @@ def plan(
     device = _check_alignment(inputs, target, labels)
     items = _items(inputs, target)
     if in_place:
-        items = [_flat(item) for item in items]
+        if method.orderless:
+            items = [_flat(item) for item in items]
         _check_target(items, target)
     if check_first:
         _check_overlap(items, labels)
@@ -121,7 +128,16 @@ def plan(
         floating = [Item(item.names, out_dtype, item.leaves, item.like) for item in floating]
     groups = [(item,) for item in floating] if kind == "tensor" else [tuple(floating)] if floating else []
     scopes = tuple(
-        (Scope(tuple(name for item in group for name in item.names), len(models), base is not None, seed), group)
+        (
+            Scope(
+                tuple(name for item in group for name in item.names),
+                len(models),
+                base is not None,
+                seed,
+                elements=sum(prod(item.shape) for item in group),
+            ),
+            group,
+        )
         for group in groups
     )
     resolved = method.resolve(given, len(models))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from mergekit_cl.errors import MergeError, unknown
-from mergekit_cl.steps import Scope
+from mergekit_cl.steps import Scope, Sum
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,6 +59,13 @@ def each(value: T) -> tuple[T, ...]:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What an error about a missing parameter adds: ``Annotated[float, Advice("the paper uses 0.2")]``."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Parameter:
     """A parameter of a method, as read from its signature."""
 
@@ -68,6 +75,7 @@ class Parameter:
     range: Between | None = None
     choices: tuple[Any, ...] = ()
     default: Any = inspect.Parameter.empty
+    advice: str = ""
 
     @property
     def required(self) -> bool:
@@ -136,6 +144,8 @@ class Method:
     most: int | None
     paper: str
     surveys: bool
+    orderless: bool = False
+    """Whether each entry of the result depends on nothing but the same entry of the inputs, whatever its index."""
 
     @property
     def summary(self) -> str:
@@ -163,7 +173,8 @@ class Method:
         values = {names[name.rstrip("_")]: value for name, value in given.items()}
         missing = [name for name, parameter in self.parameters.items() if parameter.required and name not in values]
         if missing:
-            raise MergeError(f"{self.name} needs {', '.join(missing)}: pass {missing[0]}=...")
+            advice = self.parameters[missing[0]].advice
+            raise MergeError(f"{self.name} needs {', '.join(missing)}: pass {missing[0]}=...{f' ({advice})' if advice else ''}")
         return {
             name: parameter.resolve(values.get(name, parameter.default), models, f"{self.name}:")
             for name, parameter in self.parameters.items()
@@ -205,7 +216,8 @@ def method(
             raise TypeError(f"{where}: its first parameter must be the scope, before the *")
         parameters = {p.name: _read_parameter(p, hints, where) for p in declared[1:]}
         surveys = inspect.isgeneratorfunction(function)
-        _methods[name] = Method(name, function, parameters, base, *models, paper, surveys)
+        orderless = not surveys and hints.get("return") is Sum
+        _methods[name] = Method(name, function, parameters, base, *models, paper, surveys, orderless)
         return function
 
     return register
@@ -225,11 +237,12 @@ def _read_parameter(parameter: inspect.Parameter, hints: Mapping[str, Any], wher
         hint, inner = _unwrap(get_args(hint)[0])
         marks += inner
     limits = next((mark for mark in marks if isinstance(mark, Between)), None)
+    advice = next((mark.text for mark in marks if isinstance(mark, Advice)), "")
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = type(choices[0]) if choices else hint
     if not choices and kind not in (float, int, bool):
         raise TypeError(f"{where}: {hint} is not a type of parameter; use float, int, bool, Literal[...] or PerModel[...]")
-    return Parameter(parameter.name, kind, per_model, limits, choices, parameter.default)
+    return Parameter(parameter.name, kind, per_model, limits, choices, parameter.default, advice)
 
 
 def _unwrap(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -272,4 +285,4 @@ def methods() -> dict[str, Method]:
     return dict(sorted(_methods.items()))
 
 
-__all__ = ["Between", "Fraction", "Method", "Parameter", "PerModel", "each", "find", "method", "methods"]
+__all__ = ["Advice", "Between", "Fraction", "Method", "Parameter", "PerModel", "each", "find", "method", "methods"]

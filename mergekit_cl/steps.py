@@ -10,8 +10,8 @@ the vocabulary that a method has; none of them holds data of a model.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite
-from typing import Any, TypeAlias
+from math import fsum, inf, isfinite
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -75,22 +75,140 @@ class Terms:
         return self.sources if self.reference is None else (self.reference, *self.sources)
 
 
+@dataclass(frozen=True, eq=False)
+class SumOfSlices:
+    """Apply step: a `Sum` with weights of its own for each slice of a tensor.
+
+    ``weights`` has shape [slices, models], ``base_weights`` [slices] (or one number for all), float64; ``along`` says what
+    a slice is, as for `Gram`. A slice whose weights add up to one is computed about its heaviest participant.
+    """
+
+    weights: Statistics
+    base_weights: Statistics | float = 0.0
+    along: "Along" = "rows"
+
+    def terms(self, compute: np.dtype[Any], has_base: bool) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Round the weights of the models and then the base, [slices, inputs], and choose each slice's reference (or -1)."""
+        weights = np.asarray(self.weights, np.float64)
+        if has_base:
+            base = np.broadcast_to(np.asarray(self.base_weights, np.float64), weights.shape[:1])
+            weights = np.concatenate([weights, base[:, None]], axis=1)
+        with np.errstate(all="ignore"):
+            rounded = weights.astype(compute)
+            scaled = np.where(rounded == 0, 0, weights) * _SCALE
+            average = np.abs(scaled.sum(axis=1) - _SCALE) <= _ONE * np.abs(scaled).sum(axis=1)
+            average &= np.isfinite(weights).all(axis=1) & ((rounded != 0).sum(axis=1) > 1)
+        # of equal weights the base's comes first, as in `Sum`
+        order = np.abs(np.roll(scaled, 1, axis=1) if has_base else scaled)
+        heaviest = (order.argmax(axis=1) - has_base) % order.shape[1] if order.shape[1] else np.zeros(len(order), np.int64)
+        return rounded, np.where(average, heaviest, -1)
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Keep the largest entries of each task vector: those before its `Cut`, but for those before its cut in ``less``."""
+
+    cuts: Sequence["Cut"]
+    less: Sequence["Cut"] | None = None
+
+
+@dataclass(frozen=True)
+class AtRandom:
+    """Keep each entry with the probability ``density``, one for each model.
+
+    Whether an entry stays depends on ``seed``, the name of the tensor in the result, the number of the model and the entry's
+    index in the tensor, through Philox-4x32-10 and an integer threshold; on nothing else.
+    """
+
+    density: Sequence[float]
+    seed: int
+
+
+Keep: TypeAlias = AtLeast | AtRandom
+Elect: TypeAlias = Literal["weighted", "unweighted"]
+Combine: TypeAlias = Literal["weight_mean", "count_mean", "sum", "max"]
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """Apply step: ``base + scale * combination of the task vectors``, entry by entry; a task vector is ``model - base``.
+
+    Args:
+        weight: One for each model. A model of weight zero takes no part, and is not read.
+        keep: Which entries of a task vector stay; the others count as zero. ``None`` keeps all.
+        rescale: Factors for the entries that stay, one for each model.
+        elect: How the sign of an entry is elected: that of the sum of the task vectors, weighted or not; plus if it is zero.
+            Only entries of that sign are combined. ``None``: no election.
+        combine: "sum" adds up ``weight * rescale * entry``; "weight_mean" divides it by the weights, and "count_mean" by the
+            number, of the entries that it is made of; "max" takes the one of largest magnitude.
+        scale: Multiplies the combination.
+
+    A result of which the combination is zero is the base's entry, bit for bit.
+    """
+
+    weight: Sequence[float]
+    keep: Keep | None = None
+    rescale: Sequence[float] | None = None
+    elect: Elect | None = None
+    combine: Combine = "sum"
+    scale: float = 1.0
+
+
+Along: TypeAlias = Literal["rows", "columns"]
+"""How a tensor is cut into slices: "rows" run along its last dimension, "columns" along its first. A vector is one slice."""
+
+
 @dataclass(frozen=True)
 class Gram:
     """Survey: all dot products of the models, a float64 matrix of shape [n, n].
 
     Its rows are the base (where the method has one) and then the models, n = models + 1; with ``task_vectors`` they are
-    the differences of the models from the base, n = models. Accumulated in float64 over blocks of 65,536 elements counted
-    from the start of each tensor; the blocks are added without error (`math.fsum`), so no chunking or number of threads
-    shows in the result.
+    the differences of the models from the base, n = models. With ``along`` there is a matrix for each slice of the tensor,
+    [slices, n, n]. Accumulated in float64 over blocks of 65,536 elements counted from the start of each tensor, or over each
+    slice; the blocks are added without error (`math.fsum`), so no chunking or number of threads shows in the result.
     """
 
     task_vectors: bool = False
+    along: Along | None = None
 
 
-Survey: TypeAlias = Gram
-Apply: TypeAlias = Sum
-Steps: TypeAlias = Generator[Survey, Statistics, Apply]
+@dataclass(frozen=True)
+class Cut:
+    """A place in the order of a task vector's entries, by falling magnitude and, where that is equal, by hash.
+
+    Before it are the entries whose magnitude is larger than ``magnitude``, and the part ``share`` of those that equal it,
+    in [0, 1]. `FIRST` is before all entries, `LAST` behind them.
+    """
+
+    magnitude: float
+    share: float = 0.0
+
+
+FIRST, LAST = Cut(inf), Cut(-1.0)
+
+
+@dataclass(frozen=True)
+class KthMagnitude:
+    """Survey: cuts through the entries of task vectors; for each of ``ranks`` a list of `Cut`, one for each model, comes back.
+
+    One of ``ranks`` has an integer in [0, scope.elements] for each model: so many entries lie before the cut. Or ``None``, for
+    a model that is not to be read. Exact, by radix selection on the bits of the magnitudes, without a sort, in one sweep or
+    two over all models. Of entries that equal the cut, the share makes the rank right in expectation.
+    """
+
+    ranks: Sequence[Sequence[int | None]]
+
+
+@dataclass(frozen=True)
+class KeptMagnitude:
+    """Survey: the sums of ``|model - base|`` over all entries, and over those that are kept: float64 [models, 2]."""
+
+    keep: Keep
+
+
+Survey: TypeAlias = Gram | KthMagnitude | KeptMagnitude
+Apply: TypeAlias = Sum | SumOfSlices | Consensus
+Steps: TypeAlias = Generator[Survey, Any, Apply]
 """What a method that surveys returns: a generator that yields surveys and returns the apply step."""
 
 
@@ -98,11 +216,12 @@ Steps: TypeAlias = Generator[Survey, Statistics, Apply]
 class Scope:
     """What one run of a method is about: a tensor, or (``scope="model"``) a whole model.
 
-    ``names`` are the tensors of the scope, ``models`` is the number of models, without the base; ``has_base`` tells
-    whether there is a base. ``seed`` is for random masks.
+    ``names`` are the tensors of the scope, ``elements`` the number of their entries; ``models`` is the number of models,
+    without the base; ``has_base`` tells whether there is a base. ``seed`` is for random masks (`AtRandom`).
     """
 
     names: tuple[str, ...]
     models: int
     has_base: bool
     seed: int = 0
+    elements: int = 0

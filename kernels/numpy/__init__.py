@@ -1,13 +1,13 @@
 """The NumPy backend: always there, and the oracle that the others are tested against. Works in tiles that stay in cache."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mergekit_cl.dtypes import largest_finite
-from mergekit_cl.kernels import BLOCK, Array, Table
+from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors
 
 TILE = 131_072
 """Elements worked on at a time: three float32 buffers of this size are 1.5 MiB, and calls are long enough to share the GIL."""
@@ -69,11 +69,288 @@ def gram(table: Table, about: bool, pieces: Array) -> npt.NDArray[np.float64]:
         with np.errstate(all="ignore"):
             if about:
                 ref, *columns = columns
-                columns = [column - ref for column in columns]
+                columns = [_difference(column, ref) for column in columns]
             stacked = np.stack([column.astype(np.float64) for column in columns])
             blocks.append(stacked @ stacked.T)
     count = len(table.dtypes) - about
     return np.array(blocks).reshape(-1, count, count)
+
+
+def gram_of_slices(table: Table, about: bool, slices: Slices, pieces: Array) -> npt.NDArray[np.float64]:
+    """See `mergekit_cl.kernels.Backend.gram_of_slices`."""
+    count = len(table.dtypes) - about
+    sums = [np.empty((0, count, count))]
+    for row, first, last in _slice_tiles(slices, pieces):
+        columns = [_sliced(span, slices, row, first, last).astype(table.compute) for span in table.spans[row]]
+        with np.errstate(all="ignore"):
+            if about:
+                ref, *columns = columns
+                columns = [_difference(column, ref) for column in columns]
+            stacked = np.stack(columns, axis=1).astype(np.float64)  # [slices, columns, elements]
+            sums.append(stacked @ stacked.swapaxes(1, 2))
+    return np.concatenate(sums)
+
+
+def weighted_sum_of_slices(
+    table: Table, weights: Array, references: npt.NDArray[np.int64], slices: Slices, pieces: Array
+) -> npt.NDArray[np.bool_]:
+    """See `mergekit_cl.kernels.Backend.weighted_sum_of_slices`."""
+    nonfinite = np.zeros(len(table.spans), bool)
+    begins = slices.first(table)
+    for row, first, last in _slice_tiles(slices, pieces):
+        *inputs, out = (_sliced(span, slices, row, first, last) for span in table.spans[row])
+        wide = np.stack([column.astype(weights.dtype) for column in inputs])
+        part = slice(begins[row] + first, begins[row] + last)
+        chosen = references[part]
+        about = (chosen >= 0)[:, None]
+        with np.errstate(all="ignore"):
+            ref = np.take_along_axis(wide, chosen[None, :, None], axis=0)[0]
+            acc = np.where(about, weights.dtype.type(0), weights.dtype.type(-0.0))
+            for column, weight in zip(wide, weights[part].T, strict=True):
+                value = np.where(about, np.where(ref == column, 0, ref - column), column)
+                acc = acc + np.where(weight[:, None] == 0, acc.dtype.type(-0.0), weight[:, None] * value)
+            acc = np.where(about, ref - acc, acc)
+            nonfinite[row] |= _round_any(
+                flat := np.ascontiguousarray(acc).reshape(-1), rounded := np.empty(flat.size, out.dtype)
+            )
+        out[...] = rounded.reshape(acc.shape)
+    return nonfinite
+
+
+def _slice_tiles(slices: Slices, pieces: Array) -> Iterator[tuple[int, int, int]]:
+    """Walk through the slices of the pieces, so many at a time that they stay in cache."""
+    for row, first, last in pieces.tolist():
+        step = max(1, TILE // max(1, int(slices.lengths[row])))
+        for begin in range(first, last, step):
+            yield row, begin, min(begin + step, last)
+
+
+def _sliced(span: Array, slices: Slices, row: int, first: int, last: int) -> Array:
+    """View slices of a span, [slices, elements]."""
+    length = int(slices.lengths[row])
+    whole = span.reshape(length, -1).T if slices.strided else span.reshape(-1, length)
+    return whole[first:last]
+
+
+def magnitude_histogram(
+    table: Table, low: Array, shift: Array, bins: int, wide: bool, groups: npt.NDArray[np.intp], pieces: Array
+) -> npt.NDArray[np.int64]:
+    """See `mergekit_cl.kernels.Backend.magnitude_histogram`."""
+    models = low.shape[1]
+    counts = np.zeros((int(groups.max(initial=-1)) + 1, models, bins + 2), np.int64)
+    vectors = _TaskVectors(table, models)
+    for group, piece in zip(groups, pieces, strict=True):
+        found: list[list[Array]] = [[] for _ in range(models)]
+        for row, tile in _tiles(piece[None], BLOCK):
+            vectors.read(row, tile)
+            for k, values in enumerate(vectors.values):
+                if not vectors.finite:
+                    counts[group, k, bins + 1] += np.count_nonzero(~np.isfinite(values))
+                patterns = vectors.patterns(values.astype(np.float64) if wide else values)
+                start, width = int(low[row, k]), bins << int(shift[row, k])
+                if start + width <= _INFINITY[patterns.itemsize]:
+                    counts[group, k, bins] += np.count_nonzero(np.greater_equal(patterns, start + width, out=vectors.mask))
+                offsets = np.subtract(patterns, start, out=patterns).view(f"u{patterns.itemsize}")
+                inside = offsets[np.less(offsets, width, out=vectors.mask)]
+                found[k].append(inside >> inside.dtype.type(shift[row, k]))
+                if sum(map(len, found[k])) > bins:  # adding up costs as much as there are bins
+                    counts[group, k, :bins] += _bincount(found[k], bins)
+        for k, parts in enumerate(found):
+            counts[group, k, :bins] += _bincount(parts, bins)
+    return counts
+
+
+def _bincount(parts: list[Array], bins: int) -> Array:
+    """Count what is in the parts, and forget them."""
+    counts = np.bincount(np.concatenate([np.empty(0, np.int64), *(part.astype(np.int64) for part in parts)]), minlength=bins)
+    parts.clear()
+    return counts
+
+
+def kept_magnitude(table: Table, keep: Keep, pieces: Array) -> npt.NDArray[np.float64]:
+    """See `mergekit_cl.kernels.Backend.kept_magnitude`."""
+    models = len(table.dtypes) - 1
+    blocks = []
+    vectors = _TaskVectors(table, models)
+    with np.errstate(all="ignore"):
+        for row, tile in _tiles(pieces, BLOCK):
+            vectors.read(row, tile)
+            for k, values in enumerate(vectors.values):
+                everything = np.abs(values).sum(dtype=np.float64)
+                vectors.drop(keep, row, k, tile.start)
+                blocks.append((everything, np.abs(values).sum(dtype=np.float64)))
+    return np.array(blocks).reshape(-1, models, 2)
+
+
+def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDArray[np.bool_]:
+    """See `mergekit_cl.kernels.Backend.task_vector_merge`."""
+    nonfinite = np.zeros(len(table.spans), bool)
+    vectors = _TaskVectors(table, how.scales.shape[1], how.scales.dtype)
+    limit = largest_finite(table.dtypes[-1])
+    with np.errstate(all="ignore"):
+        for row, tile in _tiles(pieces, BLOCK):
+            out = table.spans[row][-1][tile]
+            vectors.read(row, tile)
+            finite = vectors.finite
+            if finite:
+                values = vectors.merge(how, row, tile.start)
+                if values.max() <= limit and values.min() >= -limit:
+                    _round(values, out)
+                    continue
+                vectors.read(row, tile)
+                vectors.finite = False  # something overflows, and must not be multiplied by zero to drop it
+            nonfinite[row] |= _round_any(vectors.merge(how, row, tile.start), out) or not finite
+    return nonfinite
+
+
+class _TaskVectors:
+    """Tiles of models minus their base, in buffers that stay in cache: new memory would cost more than the arithmetic."""
+
+    def __init__(self, table: Table, models: int, compute: Any = None) -> None:
+        compute = np.dtype(compute or table.compute)
+        self._spans, self._models = table.spans, models
+        self._numbers = np.empty((models + 3, BLOCK), compute)
+        self._truths = np.empty((models + 3, BLOCK), bool)
+        self._patterns = np.empty(BLOCK, f"i{compute.itemsize}")
+
+    def read(self, row: int, tile: slice) -> None:
+        """Read a tile of the base into ``base``, of the task vectors into ``values``; see whether these are ``finite``."""
+        base, *models = self._spans[row][: self._models + 1]
+        self.count = tile.stop - tile.start
+        self._sum, self._scratch, buffer, *self.values = self._numbers[:, : self.count]
+        self.mask, self._positive, self._other, *self._agree = self._truths[:, : self.count]
+        self.base = _widen(base[tile], buffer)
+        self.finite = True
+        with np.errstate(all="ignore"):
+            for value, model in zip(self.values, models, strict=True):
+                np.subtract(_widen(model[tile], value), self.base, out=value)
+                if not (value.max(initial=0) < np.inf and value.min(initial=0) > -np.inf):
+                    value[model[tile].astype(value.dtype) == self.base] = 0  # infinities that agree
+                    self.finite &= bool(np.isfinite(value).all())
+
+    def patterns(self, values: Array) -> Array:
+        """Return the bits of magnitudes as integers; NaN counts as infinity."""
+        bits = values.view(f"i{values.itemsize}")
+        out = self._patterns[: len(bits)] if bits.dtype == self._patterns.dtype else None
+        patterns: Array = np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out)
+        return patterns if self.finite else np.minimum(patterns, _INFINITY[bits.itemsize], out=patterns)
+
+    def drop(self, keep: Keep, row: int, k: int, start: int) -> None:
+        """Set the entries of task vector k that are not kept to zero; ``start`` is the index of the first in its tensor."""
+        key, (least, most) = keep.keys[row, k], keep.thresholds[row, k]
+        if keep.kind == "random" and least < 1 << 32:
+            self._keep(k, np.less(_hashes(key, start, self.count), least, out=self.mask))
+        elif keep.kind == "magnitude":
+            low, high = map(int, keep.cuts[row, k])
+            patterns = self.patterns(self.values[k])
+            kept = np.greater(patterns, low, out=self.mask)
+            if least and (at := np.flatnonzero(np.equal(patterns, low, out=self._other))).size:
+                kept[at] = _hashes_at(key, start, at) < least
+            if high <= _INFINITY[patterns.itemsize]:
+                kept &= np.less_equal(patterns, high, out=self._other)
+                if most and (at := np.flatnonzero(np.equal(patterns, high, out=self._other))).size:
+                    kept[at] &= _hashes_at(key, start, at) >= most
+            self._keep(k, kept)
+
+    def _keep(self, k: int, kept: Array) -> None:
+        if self.finite:
+            np.multiply(self.values[k], kept, out=self.values[k])
+        else:
+            self.values[k][~kept] = 0
+
+    def merge(self, how: TaskVectors, row: int, start: int) -> Array:
+        """Combine the task vectors, which are used up, as `TaskVectors` says; return the result."""
+        for k in range(self._models):
+            self.drop(how.keep, row, k, start)
+        if how.elect == "unweighted":
+            self._elect(how.votes[row])
+        for value, scale in zip(self.values, how.scales[row], strict=True):
+            value *= scale
+        if how.elect == "weighted":
+            self._elect(np.ones_like(how.votes[row]))
+        if how.elect is None:
+            for value, agree in zip(self.values, self._agree, strict=True):
+                np.not_equal(value, 0, out=agree)
+        else:
+            for k, agree in enumerate(self._agree):
+                self._keep(k, agree)
+        total, *others = self.values
+        for value in others:
+            if how.combine == "max":
+                np.copyto(total, value, where=(np.abs(value) > np.abs(total)) | np.isnan(value))
+            else:
+                total += value
+        if how.combine in ("weight_mean", "count_mean"):
+            total /= self._divisor(how.shares[row] if how.combine == "weight_mean" else np.ones_like(how.shares[row]))
+        total *= how.factors[row]
+        np.subtract(0, total, out=total)  # +0 for both zeros, and then -0 - (+0) is -0: the base keeps the sign of its zeros
+        return cast(Array, np.subtract(self.base, total, out=total))
+
+    def _elect(self, votes: Array) -> None:
+        """Elect signs; see which models agree. NaN agrees with everything, and so it shows in the result."""
+        total, vote, positive, opposed = self._sum, self._scratch, self._positive, self._other
+        total[:] = 0
+        for value, weight in zip(self.values, votes, strict=True):
+            total += np.multiply(value, weight, out=vote)
+        np.greater_equal(total, 0, out=positive)
+        for value, weight, agree in zip(self.values, votes, self._agree, strict=True):
+            np.multiply(value, weight, out=vote)
+            np.less_equal(vote, 0, out=opposed)
+            np.greater_equal(vote, 0, out=agree)
+            opposed &= positive
+            np.greater(agree, positive, out=agree)  # and not positive
+            agree |= opposed
+            np.logical_not(agree, out=agree)
+
+    def _divisor(self, shares: Array) -> Array:
+        """Add up the shares of the models that agree, with 1 for 0."""
+        divisor: Array = self._sum
+        divisor[:] = 0
+        for agree, share in zip(self._agree, shares, strict=True):
+            divisor += np.multiply(agree, share, out=self._scratch)
+        divisor += np.equal(divisor, 0, out=self.mask)
+        return divisor
+
+
+def _difference(values: Array, ref: Array) -> Array:
+    """Subtract; what is equal, also where it is infinite, has the difference zero."""
+    difference: Array = values - ref
+    if not np.isfinite(difference).all():
+        difference[values == ref] = 0
+    return difference
+
+
+def _hashes_at(key: npt.NDArray[np.uint32], start: int, at: Array) -> npt.NDArray[np.uint32]:
+    """Compute the hashes of the entries ``start + at``; of all there are if that is less work."""
+    if 4 * len(at) > (span := int(at[-1]) + 1 if len(at) else 0):
+        return _hashes(key, start, span)[at]
+    index = (start + at).astype(np.uint64)
+    counters = index >> np.uint64(2)
+    zero = np.zeros_like(counters)
+    words = philox(counters & _WORD, counters >> np.uint64(32), zero, zero, *map(int, key))
+    return np.choose((index & np.uint64(3)).astype(np.intp), words).astype(np.uint32)
+
+
+def _hashes(key: npt.NDArray[np.uint32], start: int, count: int) -> npt.NDArray[np.uint32]:
+    """Compute the hashes (see `mergekit_cl.kernels.Keep`) of ``count`` entries from ``start`` on, a multiple of 4."""
+    counters = np.arange(start // 4, -(-(start + count) // 4), dtype=np.uint64)
+    zero = np.zeros_like(counters)
+    words = philox(counters & _WORD, counters >> np.uint64(32), zero, zero, *map(int, key))
+    return np.stack(words, axis=1).astype(np.uint32).reshape(-1)[:count]
+
+
+def philox(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) -> tuple[Array, Array, Array, Array]:
+    """Philox-4x32-10 (Salmon et al., 2011): 32-bit words in uint64 arrays."""
+    shift = np.uint64(32)
+    for number in range(10):
+        first, second = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        low, high = (np.uint64((k + number * step) & 0xFFFFFFFF) for k, step in ((k0, 0x9E3779B9), (k1, 0xBB67AE85)))
+        c0, c1, c2, c3 = (second >> shift) ^ c1 ^ low, second & _WORD, (first >> shift) ^ c3 ^ high, first & _WORD
+    return c0, c1, c2, c3
+
+
+_WORD = np.uint64(0xFFFFFFFF)
+_INFINITY = {4: np.int32(0x7F800000), 8: np.int64(0x7FF0000000000000)}
 
 
 def _tiles(pieces: Array, size: int) -> Iterator[tuple[int, slice]]:

@@ -1,0 +1,334 @@
+"""Apply steps bound to memory: each tensor is a row, and the rows that one kernel call takes together are a batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mergekit_cl.errors import MergeError
+from mergekit_cl.kernels import Array, Backend, Keep, Slices, Span, Table, TaskVectors
+from mergekit_cl.plan import Item, Plan
+from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Sum, SumOfSlices
+from mergekit_cl.steps import Keep as KeepStep
+
+Call: TypeAlias = Callable[[Array], npt.NDArray[np.bool_] | bool]
+"""Computes pieces of a table; returns for each of its rows whether a result is not finite."""
+
+_HASHES = 2**32
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One tensor of an apply step: the memory that it is read from, and the memory that it is written to.
+
+    ``inputs`` are the spans of ``sources``, which are numbered as the models are, the base as -1. ``direct`` says that
+    ``out`` is the result's own memory, so that it need not be copied there.
+    """
+
+    item: Item
+    detail: Any
+    sources: tuple[int, ...]
+    inputs: tuple[Span, ...]
+    out: Span
+    direct: bool = False
+
+
+class Batch:
+    """Rows that one kernel call takes: the same kind of step, the same inputs in the same dtypes."""
+
+    def __init__(self, rows: list[Row], step: Apply | None) -> None:
+        self.rows = rows
+        self.step = step
+        self.sources = rows[0].sources
+        self.inputs = Table([row.inputs for row in rows])
+        self.table = Table([(*row.inputs, row.out) for row in rows])
+        self.details = [row.detail for row in rows]
+
+    slices: Slices | None = None
+    """Where the pieces are numbers of slices."""
+
+    copied = True
+    """Whether the result is the first input, or zero without one."""
+
+    def like(self, rows: list[Row]) -> "Batch":
+        """Make a batch of this kind from some of its rows."""
+        return type(self)(rows, self.step)
+
+    def call(self, backend: Backend) -> Call:  # noqa: ARG002
+        """Return the kernel call, but for the pieces."""
+        return partial(_copy, self.table)
+
+    def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Bound all numbers that are computed, float64 [rows], from the largest magnitudes of the inputs [rows, inputs]."""
+        return np.asarray(largest.max(axis=1, initial=0))
+
+
+class _SumBatch(Batch):
+    """Rows of `Sum`, all or none of them about a reference."""
+
+    copied = False
+
+    def __init__(self, rows: list[Row], step: Sum) -> None:
+        super().__init__(rows, step)
+        self.about = self.details[0].reference is not None
+        self.weights = np.array([terms.weights for terms in self.details], self.inputs.compute)
+
+    def call(self, backend: Backend) -> Call:
+        return partial(backend.weighted_sum, self.table, self.weights, self.about)
+
+    def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        spread = largest[:, self.about :] + (largest[:, :1] if self.about else 0.0)
+        total = (np.abs(self.weights.astype(np.float64)) * spread).sum(axis=1)
+        return np.asarray(np.maximum(total + largest.max(axis=1), spread.max(axis=1)))
+
+
+class _SlicesBatch(Batch):
+    """Rows of `SumOfSlices`; the details are (weights, references, length of a slice)."""
+
+    copied = False
+
+    slices: Slices
+
+    def __init__(self, rows: list[Row], step: SumOfSlices) -> None:
+        super().__init__(rows, step)
+        weights, references, lengths = zip(*self.details, strict=True)
+        self.weights, self.references = np.concatenate(weights), np.concatenate(references)
+        self.slices = Slices(np.array(lengths, np.int64), step.along == "columns")
+        self._largest_weights = [np.abs(w).max(axis=0, initial=0).astype(np.float64) for w in weights]
+
+    def call(self, backend: Backend) -> Call:
+        return partial(backend.weighted_sum_of_slices, self.table, self.weights, self.references, self.slices)
+
+    def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        spread = largest + largest.max(axis=1, keepdims=True)
+        total = (np.array(self._largest_weights) * spread).sum(axis=1)
+        return np.asarray(np.maximum(total + largest.max(axis=1), spread.max(axis=1)))
+
+
+class _TaskVectorBatch(Batch):
+    """Rows of `Consensus`; the details are what `_task_vectors` returns."""
+
+    copied = False
+
+    def __init__(self, rows: list[Row], step: Consensus) -> None:
+        super().__init__(rows, step)
+        models, scale = [d.models for d in self.details], [d.scale for d in self.details]
+        weights, rescale = (np.array([[m[i] for m in row] for row in models], np.float64) for i in (0, 1))
+        keep = Keep(
+            self.details[0].kind,
+            np.array([[m[2] for m in row] for row in models], np.uint32),
+            np.array([[[t for _, t in m[3]] for m in row] for row in models], np.int64),
+            np.array([[[p for p, _ in m[3]] for m in row] for row in models], np.int64),
+        )
+        compute = self.inputs.compute
+        with np.errstate(over="ignore"):
+            self.how = TaskVectors(
+                keep, step.elect, step.combine,
+                (weights * rescale).astype(compute), rescale.astype(compute), weights.astype(compute),
+                np.array(scale, np.float64).astype(compute),
+            )  # fmt: skip
+
+    def call(self, backend: Backend) -> Call:
+        return partial(backend.task_vector_merge, self.table, self.how)
+
+    def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        how = self.how
+        spread = largest[:, :1] + largest[:, 1:]
+        scales, votes, shares = (np.abs(a.astype(np.float64)) for a in (how.scales, how.votes, how.shares))
+        total = (scales * spread).sum(axis=1)
+        if how.combine == "weight_mean":
+            mixed = (how.shares > 0).any(axis=1) & (how.shares < 0).any(axis=1)  # then a sum of shares may be next to zero
+            total = np.where(mixed, np.inf, total / np.minimum(1.0, shares.min(axis=1)))
+        change = total * np.maximum(1.0, np.abs(how.factors.astype(np.float64)))
+        return np.asarray(np.maximum(change + largest[:, 0], np.maximum(spread, votes * spread).sum(axis=1)))
+
+
+class Binder:
+    """Binds the apply steps of a plan's tensors to memory.
+
+    Args:
+        plan: The plan.
+        spans: The inputs of each tensor, by its name: the models in their order, then the base.
+        finite: Whether coefficients that are not finite are errors.
+
+    """
+
+    def __init__(self, plan: Plan, spans: dict[str, tuple[Span, ...]], finite: bool) -> None:
+        self.plan = plan
+        self.spans = spans
+        self.finite = finite
+        self._groups: dict[Any, tuple[Apply | None, list[Row]]] = {}
+
+    def batches(self) -> list[Batch]:
+        """Return the batches of all tensors that were added."""
+        return [kind(rows, step) for (kind, *_), (step, rows) in self._groups.items()]
+
+    def add_copy(self, item: Item, source: int = 0) -> None:
+        """Add a tensor that is the same in all models."""
+        self._add(item, None, None, (source,), Batch)
+
+    def add(self, item: Item, step: Apply) -> None:
+        """Add a tensor with its apply step.
+
+        Raises:
+            MergeError: The step does not fit the plan, or a coefficient is not finite.
+
+        """
+        if isinstance(step, Consensus):
+            self._add_consensus(item, step)
+        elif isinstance(step, SumOfSlices):
+            self._add_slices(item, step)
+        elif isinstance(step, Sum):
+            self._add_sum(item, step)
+        else:
+            raise MergeError(f"{self.plan.method.name}: returned {type(step).__name__}, which is not an apply step")
+
+    def _add(
+        self, item: Item, step: Apply | None, detail: Any, sources: tuple[int, ...], kind: type[Batch], *key: object
+    ) -> None:
+        """Add a row to the batch of its like: of one kind, key, inputs and dtypes."""
+        inputs = tuple(self.spans[item.name][source] for source in sources)
+        row = Row(item, detail, sources, inputs, *self._output(item))
+        dtypes = Table([(*row.inputs, row.out)]).dtypes
+        self._groups.setdefault((kind, key, sources, dtypes), (step, []))[1].append(row)
+
+    def _add_sum(self, item: Item, step: Sum) -> None:
+        plan, spans = self.plan, self.spans[item.name]
+        if len(step.weights) != plan.models or (step.base_weight and not plan.has_base):
+            self._does_not_fit(step)
+        taking_part = step.terms(np.dtype(np.float64)).inputs
+        terms = step.terms(Table([[spans[source] for source in taking_part]]).compute)
+        self._check(terms.weights, step, item)
+        plain_copy = terms.copied is not None and Table([[spans[terms.copied]]]).dtypes == (item.dtype,)
+        kind = Batch if plain_copy or not terms.inputs else _SumBatch
+        self._add(item, step, terms, terms.inputs, kind, terms.reference)
+
+    def _add_slices(self, item: Item, step: SumOfSlices) -> None:
+        plan, spans = self.plan, self.spans[item.name]
+        sources = (*range(plan.models), *((-1,) if plan.has_base else ()))
+        counts, length = slices_of(item, step.along)
+        if np.shape(step.weights) != (counts, plan.models):
+            self._does_not_fit(step)
+        weights, references = step.terms(Table([spans]).compute, plan.has_base)
+        self._check(weights, step, item)
+        self._add(item, step, (weights, references, length), sources, _SlicesBatch, step.along)
+
+    def _add_consensus(self, item: Item, step: Consensus) -> None:
+        plan, spans = self.plan, self.spans[item.name]
+        given = [step.weight, step.rescale, *_lists(step.keep)]
+        if not plan.has_base or any(values is not None and len(values) != plan.models for values in given):
+            self._does_not_fit(step)
+        taking_part = [k for k, weight in enumerate(step.weight) if weight and not _keeps_nothing(step.keep, k)]
+        compute = Table([[spans[-1], *(spans[k] for k in taking_part)]]).compute
+        with np.errstate(over="ignore", under="ignore"):
+            taking_part = [k for k in taking_part if compute.type(step.weight[k]) and compute.type(step.scale)]
+        if not taking_part:
+            return self._add_sum(item, Sum([0.0] * plan.models, base_weight=1.0))
+        rescale = step.rescale or [1.0] * plan.models
+        kind = {AtRandom: "random", type(None): "all"}.get(type(step.keep), "magnitude")
+        models = [
+            (float(step.weight[k]), float(rescale[k]), _key(step.keep, item.name, k), _cuts(step.keep, k, compute))
+            for k in taking_part
+        ]
+        if kind == "random" and all(step.keep.density[k] == 1 for k in taking_part):  # type: ignore[union-attr]
+            kind = "all"
+        with np.errstate(over="ignore"):
+            coefficients = np.array([[w * r, r, w] for w, r, *_ in models] + [[step.scale] * 3]).astype(compute)
+        self._check(coefficients, step, item)
+        detail = _Detail(kind, models, float(step.scale))
+        self._add(item, step, detail, (-1, *taking_part), _TaskVectorBatch, kind, step.elect, step.combine)
+        return None
+
+    def _does_not_fit(self, step: Apply) -> None:
+        name, plan = self.plan.method.name, self.plan
+        raise MergeError(f"{name}: returned {step} for {plan.models} models and {int(plan.has_base)} base")
+
+    def _check(self, coefficients: Any, step: Apply, item: Item) -> None:
+        if self.finite and not np.isfinite(coefficients).all():
+            name, dtype = self.plan.method.name, self.spans[item.name][0].dtype
+            raise MergeError(f"{name}: its weights {step} are not finite in {dtype}; check the parameters")
+
+    def _output(self, item: Item) -> tuple[Span, bool]:
+        """Memory to write a result to, and whether it is that of the target."""
+        span = item.library.writable(item.like) if self.plan.in_place else None
+        return (item.library.empty(item.like, item.dtype), False) if span is None else (span, True)
+
+
+@dataclass(frozen=True)
+class _Detail:
+    """A row of task vectors: for each model (weight, factor, key of its hashes, (pattern, threshold) of its two cuts)."""
+
+    kind: Any
+    models: list[Any]
+    scale: float
+
+
+def slices_of(item: Item, along: str) -> tuple[int, int]:
+    """Return how many slices a tensor has, and the length of each."""
+    shape = item.shape
+    elements = int(np.prod(shape, dtype=np.int64))
+    if not elements:
+        return 0, 1
+    length = 1 if not shape else shape[-1] if along == "rows" or len(shape) == 1 else shape[0]
+    return elements // length, length
+
+
+def keep_for(keep: KeepStep, item: Item, models: Sequence[int], compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    """Return the keys, thresholds and cuts of one row of `mergekit_cl.kernels.Keep`, [models, 2] each."""
+    keys = np.array([_key(keep, item.name, k) for k in models], np.uint32)
+    cuts = np.array([_cuts(keep, k, compute) for k in models], np.int64)
+    return keys, cuts[..., 1], cuts[..., 0]
+
+
+def _lists(keep: KeepStep | None) -> list[Sequence[Any] | None]:
+    """Return what a rule has for each model."""
+    if keep is None:
+        return []
+    return [keep.density] if isinstance(keep, AtRandom) else [keep.cuts, keep.less]
+
+
+def _keeps_nothing(keep: KeepStep | None, k: int) -> bool:
+    if keep is None:
+        return False
+    return keep.density[k] <= 0 if isinstance(keep, AtRandom) else keep.cuts[k].magnitude == np.inf and not keep.cuts[k].share
+
+
+def _key(keep: KeepStep | None, name: str, k: int) -> tuple[int, int]:
+    """Make the key of the hashes of model k in a tensor."""
+    seed = keep.seed if isinstance(keep, AtRandom) else 0
+    digest = blake2b(f"{seed}\0{k}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _cuts(keep: KeepStep | None, k: int, compute: np.dtype[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (pattern, threshold) of the cut that entries must be before, and of the one that they must not be before."""
+    beyond = 2 ** (8 * compute.itemsize - 1) - 1
+    if keep is None:
+        return (-1, 0), (beyond, 0)
+    if isinstance(keep, AtRandom):
+        return (-1, round(keep.density[k] * _HASHES)), (beyond, 0)
+    return _place(keep.cuts[k], compute), (_place(keep.less[k], compute) if keep.less is not None else (beyond, 0))
+
+
+def _place(cut: Cut, compute: np.dtype[Any]) -> tuple[int, int]:
+    """Turn a cut into a pattern, and a threshold for the hashes of the entries that have it."""
+    if cut.magnitude < 0:
+        return -1, 0
+    with np.errstate(over="ignore"):
+        value, share = compute.type(cut.magnitude), cut.share
+    if value != cut.magnitude:  # a float64 cut through float32 entries: none equals it
+        value, share = (np.nextafter(value, compute.type(0)) if value > cut.magnitude else value), 0.0
+    pattern, threshold = int(value.view(f"i{compute.itemsize}")), round(share * _HASHES)
+    return (pattern - 1, 0) if threshold >= _HASHES else (pattern, threshold)
+
+
+def _copy(table: Table, pieces: Array) -> bool:
+    """Copy the first column to the last, byte for byte; without an input, write zeros."""
+    for row, start, stop in pieces.tolist():
+        *inputs, out = table.spans[row]
+        out[start:stop] = inputs[0][start:stop] if inputs else 0
+    return False

@@ -1,0 +1,38 @@
+"""What the methods that trim or drop entries of task vectors share."""
+
+from collections.abc import Generator, Sequence
+from typing import Any, Literal, TypeAlias
+
+from mergekit_cl.merge_methods.linear import normalized
+from mergekit_cl.registry import Fraction, PerModel
+from mergekit_cl.steps import AtLeast, Cut, Keep, KeptMagnitude, KthMagnitude, Scope, Survey
+
+Rescale: TypeAlias = Literal["inverse_density", "l1", None]
+
+
+def kept(density: float, elements: int) -> int:
+    """Count the entries that trimming to a density leaves: ``int(density * n)``, but one at least unless it is zero."""
+    return max(1, int(density * elements)) if density > 0 and elements else 0
+
+
+def largest(scope: Scope, density: Sequence[float], weight: Sequence[float]) -> Generator[Survey, Any, AtLeast]:
+    """Find the largest entries of the task vectors that have a weight."""
+    ranks = [kept(d, scope.elements) if w else None for d, w in zip(density, weight, strict=True)]
+    cuts: list[Cut]
+    (cuts,) = yield KthMagnitude([ranks])
+    return AtLeast(cuts)
+
+
+def factors(rescale: Rescale, density: PerModel[Fraction], keep: Keep) -> Generator[Survey, Any, Sequence[float] | None]:
+    """Find what the entries that stay are multiplied with, so that a task vector keeps its size."""
+    if rescale is None:
+        return None
+    if rescale == "inverse_density":
+        return [1 / d if d else 1.0 for d in density]
+    norms = yield KeptMagnitude(keep)
+    return [everything / rest if rest else 1.0 for everything, rest in norms.tolist()]
+
+
+def weights(weight: PerModel[float], normalize: bool) -> Sequence[float]:
+    """Divide the weights by their sum, if they are to be normalised."""
+    return normalized(weight) if normalize else weight

@@ -1,0 +1,87 @@
+"""Exact selection of the k-th largest by counting: arithmetic on histograms, for many selections at once.
+
+What is selected among are *patterns*, the bits of magnitudes as integers. A selection knows an interval that holds the
+pattern it looks for. In each round it is given the histogram of a window of that interval, and so a smaller one, until a
+single pattern is left. A first window that is taken from a sample is mostly so narrow that one round is enough; where it
+misses, the rounds that follow find the pattern all the same.
+"""
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+_SIGMAS = 6.0
+_MOST = np.iinfo(np.int64).max
+
+
+class Selection:
+    """The search for the patterns of given ranks; every array is int64 [selections].
+
+    Args:
+        ranks: From 1 (the largest) to the number of entries.
+        bits: Bits of a pattern: 31 or 63.
+
+    """
+
+    def __init__(self, ranks: Integers, bits: int) -> None:
+        self.ranks = ranks
+        self.low = np.zeros_like(ranks)
+        self.high = np.full_like(ranks, 2**bits - 1)
+        self.before = np.zeros_like(ranks)
+        """Entries larger than the interval."""
+        self.equal = np.full_like(ranks, -1)
+        """Entries in the interval where it is a single pattern; -1 where that is not known."""
+
+    @property
+    def open(self) -> npt.NDArray[np.bool_]:
+        """Which selections are not finished."""
+        return self.equal < 0
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """Of the entries that equal the selected patterns, the part that makes the rank, in (0, 1]."""
+        return (self.ranks - self.before) / self.equal
+
+    def narrow(self, which: Integers, low: Integers, shift: Integers, counts: Integers) -> None:
+        """Use the histograms of some selections.
+
+        Args:
+            which: The selections.
+            low: Where their windows start.
+            shift: The binary logarithm of the width of a bin.
+            counts: int64 [len(which), bins + 1]: what is in each bin, and last what is above the window.
+
+        """
+        ranks = self.ranks[which]
+        bins = counts.shape[1] - 1
+        at_least = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]  # entries in a bin or above it
+        # the highest bin in which, or above which, the rank is reached: -1 below the window, `bins` above it
+        found = (at_least >= ranks[:, None]).sum(axis=1) - 1
+        inside = (found >= 0) & (found < bins)
+        at = np.where(inside, found, 0)
+        start = low + (at << shift)
+        rows = np.arange(len(which))
+        last = low + np.minimum(((bins - 1) << shift) + ((1 << shift) - 1), _MOST - low)  # of the window
+        above, below = found == bins, found < 0
+        self.low[which] = np.where(inside, start, np.where(above, last + 1, self.low[which]))
+        self.high[which] = np.where(inside, np.minimum(start + ((1 << shift) - 1), self.high[which]),
+                                    np.where(below, low - 1, self.high[which]))  # fmt: skip
+        self.before[which] = np.where(inside, at_least[rows, at + 1], np.where(below, at_least[:, 0], self.before[which]))
+        self.equal[which] = np.where(inside & (shift == 0), counts[rows, at], -1)
+
+
+def shift_for(low: Integers, high: Integers, bins: int) -> Integers:
+    """Return the least shift with which ``bins`` bins cover the patterns from ``low`` to ``high``."""
+    widths = [int(width).bit_length() for width in ((high - low) // bins).tolist()]
+    return np.array(widths, np.int64).reshape(low.shape)
+
+
+def guess_ranks(ranks: Integers, elements: Integers, sampled: Integers) -> tuple[Integers, Integers]:
+    """Return two ranks in a sample, between which the given rank of all elements lies almost surely."""
+    part = ranks / elements
+    spread = _SIGMAS * np.sqrt(sampled * part * (1 - part)) + 1
+    first, last = np.floor(part * sampled - spread), np.ceil(part * sampled + spread)
+    return first.astype(np.int64), last.astype(np.int64)
