@@ -66,9 +66,10 @@ class Selection:
         rows = np.arange(len(which))
         last = low + np.minimum(((bins - 1) << shift) + ((1 << shift) - 1), _MOST - low)  # of the window
         above, below = found == bins, found < 0
+        end = start + np.minimum((1 << shift) - 1, _MOST - start)  # of the bin
         self.low[which] = np.where(inside, start, np.where(above, last + 1, self.low[which]))
-        self.high[which] = np.where(inside, np.minimum(start + ((1 << shift) - 1), self.high[which]),
-                                    np.where(below, low - 1, self.high[which]))  # fmt: skip
+        narrowed = np.where(inside, end, np.where(below, low - 1, _MOST))
+        self.high[which] = np.minimum(narrowed, self.high[which])
         self.before[which] = np.where(inside, at_least[rows, at + 1], np.where(below, at_least[:, 0], self.before[which]))
         self.equal[which] = np.where(inside & (shift == 0), counts[rows, at], -1)
 

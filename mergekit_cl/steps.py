@@ -201,9 +201,13 @@ class KthMagnitude:
 
 @dataclass(frozen=True)
 class KeptMagnitude:
-    """Survey: the sums of ``|model - base|`` over all entries, and over those that are kept: float64 [models, 2]."""
+    """Survey: the sums of ``|model - base|`` over all entries, and over those that are kept: float64 [models, 2].
+
+    ``read`` says which models are read; the others' sums are 0.
+    """
 
     keep: Keep
+    read: Sequence[bool]
 
 
 Survey: TypeAlias = Gram | KthMagnitude | KeptMagnitude

@@ -167,7 +167,7 @@ def _cuts(engine: Sweeps, asked: Asked) -> dict[int, list[list[Cut]]]:
             rows = [(spans[-1], *(spans[k] for k in columns)) for spans in (engine.spans[item.name] for item in items)]
             searches.append(_Search(items, rows, np.arange(len(wanted) - len(columns), len(wanted))))
     if searches:
-        wide = any(np.float64 in {Table([row]).compute for row in search.rows} for search in searches)
+        wide = any(Table([row]).compute == np.float64 for search in searches for row in search.rows)
         ranks = np.array([rank for *_, rank in wanted], np.int64)
         chosen = _select(engine, searches, Selection(ranks, 63 if wide else 31), _guess(engine, searches, ranks, wide), wide)
         magnitudes = chosen.low.view(np.float64) if wide else chosen.low.astype(np.int32).view(np.float32)
@@ -268,15 +268,16 @@ def _count(
 def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
     plan = engine.plan
     _need_base(plan)
-    models = range(plan.models)
     groups: defaultdict[Any, list[tuple[int, Any, tuple[Span, ...]]]] = defaultdict(list)
+    read = {number: [k for k in range(plan.models) if survey.read[k]] for number, survey in asked.items()}
     for number, survey in asked.items():
+        kind = "random" if isinstance(survey.keep, AtRandom) else "magnitude"
         for item in plan.scopes[number][1]:
             spans = engine.spans[item.name]
-            columns = (spans[-1], *spans[:-1])
-            rule = keep_for(survey.keep, item, models, Table([columns]).compute)
-            kind = "random" if isinstance(survey.keep, AtRandom) else "magnitude"
-            groups[kind, Table([columns]).dtypes].append((number, rule, columns))
+            columns = (spans[-1], *(spans[k] for k in read[number]))
+            table = Table([columns])
+            rule = keep_for(survey.keep, item, read[number], table.compute)
+            groups[kind, table.dtypes].append((number, rule, columns))
     sums: defaultdict[int, list[Statistics]] = defaultdict(list)
     for (kind, _), members in groups.items():
         table = Table([columns for *_, columns in members])
@@ -286,7 +287,11 @@ def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
             owners = np.repeat(pieces[:, 0], _blocks(pieces))
             for row in np.unique(owners):
                 sums[members[row][0]].append(blocks[owners == row])
-    answers = {number: add_exactly([np.zeros((0, plan.models, 2)), *sums[number]]) for number in asked}
+    answers = {}
+    for number, models in read.items():
+        answers[number] = np.zeros((plan.models, 2))
+        if models:
+            answers[number][models] = add_exactly([np.zeros((0, len(models), 2)), *sums[number]])
     _refuse(engine, {number: not np.isfinite(norms).all() for number, norms in answers.items()})
     return answers
 

@@ -15,7 +15,7 @@ from mergekit_cl.models import open_model
 from mergekit_cl.registry import find
 
 _logger = logging.getLogger(__name__)
-_SETTINGS = ("beta", "p", "every", "total_steps", "step_count", "merges", "last_merge_step")
+_SETTINGS = ("method", "parameters", "seed", "p", "every", "total_steps", "step_count", "merges", "last_merge_step")
 
 
 class SFA:
@@ -26,6 +26,10 @@ class SFA:
 
         theta <- beta * theta_o + (1 - beta) * theta
 
+    With ``method`` the merge is that of any other method: of the present weights, with the anchor as its base, where the
+    method needs one (``ties``, ``dare_ties``, ``breadcrumbs``, ``task_arithmetic``, ...); else of the anchor and the present
+    weights, in this order (``slerp``, ``karcher``, ``linear``, ...). It is what `mergekit_cl.merge` computes, in place.
+
     The anchor is taken when the object is built, and again by `new_task`. It costs one copy of the trainable parameters;
     frozen parameters cost nothing, and one that is frozen on the way is left alone from then on. Buffers and the optimizer's
     state are left alone. A step is an update of the optimizer that the loop counts by calling `step`; with `attach`, one that
@@ -33,20 +37,25 @@ class SFA:
 
     Args:
         model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged).
-        beta: The weight of the anchor, in [0, 1].
+        beta: The weight of the anchor, in [0, 1]; 0.5 where it is not given. For method "sfa" alone.
         p: The part of the task between two merges, in (0, 1]; needs ``total_steps``. 0.25 where ``every`` is not given.
         total_steps: The number T of steps of the task. Without it (only with ``every``) there is no merge at the end.
         every: The number k of steps between two merges, in place of p.
+        method: Name of a merge method that can merge two models, or one model and a base.
         anchor_device: Where to keep the anchor; beside the parameters by default. Elsewhere it is copied for each merge.
         anchor_dtype: A dtype for the anchor; that of each parameter by default.
         nonfinite: "error" reads the parameters once more at each merge, in search of NaN and infinities, before any of them is
             written. "allow" lets them through.
+        seed: For methods with random masks. The merge after step s has the seed ``seed + s``, so that masks are new each time,
+            and the same in a run that is repeated or resumed.
         backend: As in `mergekit_cl.merge`.
         threads: As in `mergekit_cl.merge`.
+        **parameters: Those of the method, as in `mergekit_cl.merge`: ``SFA(model, method="ties", density=0.2, every=100)``.
 
     Raises:
-        MergeError: p without ``total_steps``, both p and ``every``, a value out of range, nothing to train, or parameters of a
-            kind that cannot be merged.
+        UnknownNameError: No such method, or a parameter that it does not have.
+        MergeError: p without ``total_steps``, both p and ``every``, a value out of range, a method that needs more models,
+            nothing to train, or parameters of a kind that cannot be merged.
         NonFiniteError: A parameter holds NaN or Inf (or does in ``anchor_dtype``).
 
     >>> model = torch.nn.Linear(2, 2)
@@ -67,21 +76,26 @@ class SFA:
     def __init__(
         self,
         model_or_parameters: torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-        beta: float = 0.5,
+        beta: float | None = None,
         p: float | None = None,
         total_steps: int | None = None,
         *,
         every: int | None = None,
+        method: str = "sfa",
         anchor_device: torch.device | str | None = None,
         anchor_dtype: torch.dtype | None = None,
         nonfinite: Literal["error", "allow"] = "error",
+        seed: int = 0,
         backend: str = "auto",
         threads: int | None = None,
+        **parameters: Any,
     ) -> None:
         self._source = model_or_parameters
         if not isinstance(model_or_parameters, torch.nn.Module):
             self._source = _name(model_or_parameters)
-        self.beta = find("sfa").resolve({"beta": beta}, 2)["beta"]
+        if beta is not None or method == "sfa":
+            parameters["beta"] = 0.5 if beta is None else beta
+        self.method, self.parameters, self.seed = method, _check_parameters(method, parameters), seed
         if p is not None and every is not None:
             raise MergeError("SFA: both p and every are given; pass one of them")
         self.p = 0.25 if p is None and every is None else p
@@ -94,6 +108,7 @@ class SFA:
         self._backend, self._threads = backend, threads
         self._hook: Any = None
         self._prepared: tuple[Any, Executor] | None = None
+        self.step_count = 0
         self.new_task(total_steps=total_steps)
 
     def new_task(self, total_steps: int | None = None) -> None:
@@ -143,7 +158,7 @@ class SFA:
             self._hook = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the settings, counters and the anchor: numbers and tensors (not copied), safe for ``weights_only=True``."""
+        """Return settings, counters and the anchor: numbers, strings, tensors (not copied), safe for ``weights_only=True``."""
         return {**{name: getattr(self, name) for name in _SETTINGS}, "anchor": dict(self.anchor)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -157,12 +172,24 @@ class SFA:
 
         """
         _check_state(state)
-        beta = find("sfa").resolve({"beta": state["beta"]}, 2)["beta"]
+        parameters = _check_parameters(state["method"], state["parameters"])
         schedule = MergeSchedule(state["every"], state["total_steps"])
         self.anchor = self._match(state["anchor"])
-        self.beta, self.p = beta, state["p"]
+        self.method, self.parameters, self.seed = state["method"], parameters, state["seed"]
+        self.p = state["p"]
         self._every = None if self.p is not None else schedule.every
         self._begin(schedule, state["step_count"], state["merges"], state["last_merge_step"])
+
+    @property
+    def beta(self) -> float:
+        """The weight of the anchor, for method "sfa"; it may be set between two merges."""
+        if self.method != "sfa":
+            raise AttributeError(f"{self.method} has no beta; its parameters are in SFA.parameters")
+        return float(self.parameters["beta"])
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self.parameters = _check_parameters(self.method, {"beta": beta})
 
     @property
     def every(self) -> int:
@@ -179,8 +206,10 @@ class SFA:
         return {**self.__dict__, "_prepared": None}
 
     def __repr__(self) -> str:
+        settings = [] if self.method == "sfa" else [f"method={self.method!r}"]
+        settings += [f"{name}={value!r}" for name, value in self.parameters.items()]
         return (
-            f"SFA(beta={self.beta}, every={self.every}, total_steps={self.total_steps}, step={self.step_count}, "
+            f"SFA({', '.join(settings)}, every={self.every}, total_steps={self.total_steps}, step={self.step_count}, "
             f"{len(self.anchor)} tensors)"
         )
 
@@ -218,14 +247,23 @@ class SFA:
     def _executor(self, kept: Mapping[str, torch.Tensor], current: dict[str, torch.Tensor]) -> Executor:
         """Prepare the merge of an anchor into the parameters; keep it as long as these stay where they are in memory."""
         current = {name: current[name] for name in kept if name in current}
-        key = [self.beta, *((name, p.data_ptr(), p.dtype, p.device, p.stride()) for name, p in current.items())]
+        chosen = find(self.method)
+        # the masks of a method that draws some are new at every step
+        key = [
+            self.parameters,
+            self.method,
+            chosen.surveys and self.step_count,
+            *((name, p.data_ptr(), p.dtype, p.device, p.stride()) for name, p in current.items()),
+        ]
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
         anchor = {name: kept[name].to(p.device) for name, p in current.items()}
+        based = chosen.base == "required"
         executor, _ = prepare(
-            find("sfa"), [anchor, current], None, current,
-            backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters={"beta": self.beta},
-            labels=["anchor", "current"], constant=frozenset({0}),
+            chosen, [current] if based else [anchor, current], anchor if based else None, current,
+            backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters=self.parameters,
+            labels=["current", "anchor"] if based else ["anchor", "current"], constant=frozenset({-1 if based else 0}),
+            seed=self.seed + self.step_count,
         )  # fmt: skip
         beside = all(anchor[name] is kept[name] for name in current)
         self._prepared = (key, executor) if beside and executor.reads_in_place else None
@@ -278,6 +316,21 @@ class SFA:
         return {name: t.detach().to(self._anchor_device or known[name].device, copy=True) for name, t in saved.items()}
 
 
+def _check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Check what a method that merges the anchor and the present weights is given."""
+    chosen = find(method)
+    models = 1 if chosen.base == "required" else 2
+    if models < chosen.least or (chosen.most is not None and models > chosen.most):
+        raise MergeError(
+            f"SFA: {method} merges {chosen.least} models or more, but a merge in training has only "
+            f"{'the anchor as the base and ' if models == 1 else 'the anchor and '}the present weights; choose another method"
+        )
+    given = dict(parameters)
+    scope = {"scope": given.pop("scope")} if "scope" in given and chosen.surveys else {}
+    names = {name.rstrip("_") for name in given}
+    return {**{name: value for name, value in chosen.resolve(given, models).items() if name.rstrip("_") in names}, **scope}
+
+
 def _schedule(p: float | None, every: int | None, total_steps: int | None) -> MergeSchedule:
     if p is None:
         assert every is not None
@@ -294,6 +347,9 @@ def _check_state(state: Mapping[str, Any]) -> None:
         raise MergeError(f'SFA: the state lacks "{missing[0]}"; pass what SFA.state_dict() returned')
     counters = ("step_count", "merges", "last_merge_step")
     wrong = [name for name in counters if not isinstance(state[name], int) or state[name] < 0]
+    wrong += [
+        name for name, kind in (("method", str), ("parameters", dict), ("seed", int)) if not isinstance(state[name], kind)
+    ]
     if not isinstance(state["anchor"], Mapping) or not all(_is_floating(t) for t in state["anchor"].values()):
         wrong.append("anchor")
     if state["p"] is not None:

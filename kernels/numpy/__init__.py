@@ -350,7 +350,7 @@ def philox(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) -> tupl
 
 
 _WORD = np.uint64(0xFFFFFFFF)
-_INFINITY = {4: np.int32(0x7F800000), 8: np.int64(0x7FF0000000000000)}
+_INFINITY: dict[int, Any] = {4: np.int32(0x7F800000), 8: np.int64(0x7FF0000000000000)}
 
 
 def _tiles(pieces: Array, size: int) -> Iterator[tuple[int, slice]]:

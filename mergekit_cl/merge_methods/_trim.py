@@ -4,7 +4,6 @@ from collections.abc import Generator, Sequence
 from typing import Any, Literal, TypeAlias
 
 from mergekit_cl.merge_methods.linear import normalized
-from mergekit_cl.registry import Fraction, PerModel
 from mergekit_cl.steps import AtLeast, Cut, Keep, KeptMagnitude, KthMagnitude, Scope, Survey
 
 Rescale: TypeAlias = Literal["inverse_density", "l1", None]
@@ -23,16 +22,18 @@ def largest(scope: Scope, density: Sequence[float], weight: Sequence[float]) -> 
     return AtLeast(cuts)
 
 
-def factors(rescale: Rescale, density: PerModel[Fraction], keep: Keep) -> Generator[Survey, Any, Sequence[float] | None]:
+def factors(
+    rescale: Rescale, density: Sequence[float], weight: Sequence[float], keep: Keep
+) -> Generator[Survey, Any, Sequence[float] | None]:
     """Find what the entries that stay are multiplied with, so that a task vector keeps its size."""
     if rescale is None:
         return None
     if rescale == "inverse_density":
         return [1 / d if d else 1.0 for d in density]
-    norms = yield KeptMagnitude(keep)
+    norms = yield KeptMagnitude(keep, [w != 0 for w in weight])
     return [everything / rest if rest else 1.0 for everything, rest in norms.tolist()]
 
 
-def weights(weight: PerModel[float], normalize: bool) -> Sequence[float]:
+def weights(weight: Sequence[float], normalize: bool) -> Sequence[float]:
     """Divide the weights by their sum, if they are to be normalised."""
     return normalized(weight) if normalize else weight

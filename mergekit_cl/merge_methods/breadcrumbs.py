@@ -33,7 +33,7 @@ def breadcrumbs(
     array([ 0., -3.,  2.,  0.], dtype=float32)
     """
     keep = yield from middle(scope, density, gamma, weight)
-    rescaled = yield from factors(rescale, density, keep)
+    rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(weights(weight, normalize), keep, rescaled, scale=lambda_)
 
 
@@ -59,7 +59,7 @@ def breadcrumbs_ties(
     array([ 0., -3.,  2.,  4.], dtype=float32)
     """
     keep = yield from middle(scope, density, gamma, weight)
-    rescaled = yield from factors(rescale, density, keep)
+    rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(weight, keep, rescaled, elect, combine, lambda_)
 
 

@@ -32,7 +32,7 @@ def dare_linear(
     [1.0, 5.0, 1.0, 1.0, 5.0, 5.0, 5.0, 1.0]
     """
     keep = AtRandom(density, scope.seed)
-    rescaled = yield from factors(rescale, density, keep)
+    rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(weights(weight, normalize), keep, rescaled, scale=lambda_)
 
 
@@ -57,5 +57,5 @@ def dare_ties(
     array([4., 5.], dtype=float32)
     """
     keep = AtRandom(density, scope.seed)
-    rescaled = yield from factors(rescale, density, keep)
+    rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(weight, keep, rescaled, elect, combine, lambda_)

@@ -1,5 +1,6 @@
 """The weighted average of models (Model soups, Wortsman et al., 2022)."""
 
+from collections.abc import Sequence
 from math import fsum
 
 from mergekit_cl.errors import MergeError
@@ -18,7 +19,7 @@ def linear(scope: Scope, *, weight: PerModel[float] = each(1.0), normalize: bool
     return Sum(normalized(weight) if normalize else weight)
 
 
-def normalized(weights: PerModel[float]) -> list[float]:
+def normalized(weights: Sequence[float]) -> list[float]:
     """Scale weights so that they add up to one."""
     largest = max(map(abs, weights)) or 1.0
     scaled = [weight / largest for weight in weights]  # the sum of huge weights would overflow

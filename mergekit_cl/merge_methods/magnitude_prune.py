@@ -26,5 +26,5 @@ def magnitude_prune(
     array([ 4., -1.,  1.,  1.], dtype=float32)
     """
     keep = yield from largest(scope, density, weight)
-    rescaled = yield from factors(rescale, density, keep)
+    rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(weights(weight, normalize), keep, rescaled, scale=lambda_)

@@ -41,5 +41,5 @@ def ties(
     array([ 4.,  3.,  0., -5.], dtype=float32)
     """
     keep = yield from largest(scope, density, weight)
-    rescaled = yield from factors(rescale, density, keep)
+    rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(weight, keep, rescaled, elect, combine, lambda_)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mergekit_cl import MergeError, MismatchError, NonFiniteError, merge
+from mergekit_cl import MergeError, MismatchError, NonFiniteError, merge, methods
 from mergekit_cl.adapters.torch import SFA
 
 X, Y = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
@@ -391,3 +391,87 @@ def test_a_state_of_another_model_is_refused() -> None:
     wrong["anchor"]["0.bias"] = torch.zeros(2)
     with pytest.raises(MismatchError, match=r'"0.bias": the saved anchor has shape \(2,\), the model \(8,\)'):
         sfa.load_state_dict(wrong)
+
+
+# Other methods at the merge points
+
+REQUIRED = {"density": 0.3, "t": 0.25}
+
+
+def mergeable() -> list[str]:
+    """Methods that can merge two models, or one and a base."""
+    return [name for name, m in methods().items() if m.least <= 2 - (m.base == "required") and (m.most or 2) >= 1]
+
+
+@pytest.mark.parametrize("name", mergeable())
+def test_any_method_merges_the_anchor_and_the_present_weights(name: str) -> None:
+    chosen = methods()[name]
+    parameters: dict[str, Any] = {p: v for p, v in REQUIRED.items() if p in chosen.parameters}
+    if chosen.surveys:
+        parameters["scope"] = "model"
+    model, by_hand = network(), network()
+    anchor = {n: t.clone() for n, t in by_hand.state_dict().items()}
+    sfa = SFA(model, method=name, every=3, seed=5, **parameters)
+    optimizers = [torch.optim.Adam(m.parameters(), 0.05) for m in (model, by_hand)]
+    for step in range(1, 7):
+        for m, optimizer in zip((model, by_hand), optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(m(X), Y).backward()
+            optimizer.step()
+        if sfa.step():
+            current, based = by_hand.state_dict(), chosen.base == "required"
+            merged = merge(
+                [current] if based else [anchor, current], name, base=anchor if based else None, seed=5 + step, **parameters
+            )
+            by_hand.load_state_dict(merged)
+    assert sfa.merges == 2
+    assert equal(weights(model), weights(by_hand))
+    assert not equal(weights(model), anchor)
+
+
+def test_a_run_with_random_masks_resumes_bit_for_bit() -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, SFA]:
+        model = network()
+        sfa = SFA(model, method="dare_ties", every=2, density=[0.5], rescale="l1", seed=7)
+        return model, torch.optim.Adam(model.parameters(), 0.05), sfa
+
+    model, optimizer, sfa = build()
+    train(model, optimizer, 8, sfa)
+    again, other, resumed = build()
+    train(again, other, 3, resumed)
+    buffer = io.BytesIO()
+    torch.save([again.state_dict(), other.state_dict(), resumed.state_dict()], buffer)
+    buffer.seek(0)
+    states = torch.load(buffer, weights_only=True)
+    again = network(3)
+    other, resumed = torch.optim.Adam(again.parameters(), 0.05), SFA(again, beta=0.1, every=99)
+    for part, state in zip((again, other, resumed), states, strict=True):
+        part.load_state_dict(state)
+    assert (resumed.method, resumed.parameters, resumed.seed) == ("dare_ties", {"density": (0.5,), "rescale": "l1"}, 7)
+    train(again, other, 5, resumed)
+    assert equal(weights(again), weights(model))
+    assert "method='dare_ties', density=(0.5,), rescale='l1', every=2" in repr(resumed)
+    with pytest.raises(AttributeError, match="dare_ties has no beta"):
+        _ = resumed.beta
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": "model_stock"},
+            "model_stock merges 2 models or more, but a merge in training has only the anchor as the base",
+        ),
+        ({"method": "ties"}, r"ties needs density: pass density=\.\.\. \(the paper uses 0.2\)"),
+        ({"method": "ties", "density": 2}, "density=2"),
+        ({"method": "ties", "density": [0.1, 0.2]}, "2 values for 1 models"),
+        ({"method": "ties", "densty": 0.2}, 'did you mean "density"'),
+        ({"method": "ties", "density": 0.2, "beta": 0.5}, "parameter of ties"),
+        ({"method": "ties", "density": 0.2, "scope": "layer"}, "scope='layer'"),
+        ({"method": "tise"}, 'did you mean "ties"'),
+        ({"lambda_": 2}, "parameter of sfa"),
+    ],
+)
+def test_bad_methods_and_parameters(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergeError, match=message):
+        SFA(network(), every=2, **options)
