@@ -73,6 +73,22 @@ def _copy_columns(row: Row) -> dict[str, str]:
     }
 
 
+def _method_columns(row: Row) -> dict[str, str]:
+    """Compare with mergekit, and with the floor: the bytes that have to be moved, at the speed of the copy."""
+    seconds = row["seconds"]
+    copy = min(seconds["copy"], seconds["copy in one thread"])
+    floor = tuple(time * row["bytes"] / row["copied"] for time in copy)
+    ours, theirs = ("merge()", "NumPy"), seconds.get("mergekit")
+    return {
+        **_case(row),
+        **{f"{name}, times as fast as mergekit": _ratio(theirs, seconds[name]) if theirs else "" for name in ours},
+        **{f"{name}, multiple of the floor": _ratio(seconds[name], (floor[0], floor[1])) for name in ours},
+        **{f"{name}, s": _seconds(seconds[name]) for name in ours},
+        "mergekit, s": _seconds(theirs) if theirs else "",
+        "floor, s": f"{floor[0]:.3g}",
+    }
+
+
 def _race_columns(row: Row) -> dict[str, str]:
     """Compare the first contender with the others."""
     (_, first), *others = row["seconds"].items()
@@ -105,6 +121,7 @@ TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
     "weighted_sum": ("weighted_sum of arrays of 64 Mi elements", _copy_columns),
     "torch": ("merge() of two tensors of 64 Mi elements, beside PyTorch", _race_columns),
     "state_dicts": ("merge() of state dicts, beside mergekit 0.1.5", _race_columns),
+    "methods": ("Merge methods on bfloat16 state dicts of 300 tensors, 64 Mi elements", _method_columns),
     "sfa_step": ("A step of SFA on a PyTorch model", _race_columns),
     "first_call": ("The first call of a process", _first_call_columns),
 }

@@ -18,7 +18,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -53,7 +53,7 @@ class Table:
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
         """Name of the dtype of each column."""
-        return tuple(dtype_name(span.dtype) for span in self.spans[0])
+        return tuple(_dtype_name(span.dtype) for span in self.spans[0])
 
     @cached_property
     def compute(self) -> np.dtype[Any]:
@@ -273,6 +273,9 @@ class Backend(Protocol):
             bool [rows]: True where a result, or any difference ``x_k - base`` (also one that is dropped), is not finite.
 
         """
+
+
+_dtype_name = cache(dtype_name)
 
 
 def address(span: Span) -> int:

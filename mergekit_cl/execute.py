@@ -145,7 +145,7 @@ class Executor:
         ``slices`` makes the pieces count slices; ``few`` asks for large shares, because each of them costs something.
         """
         if slices is not None:
-            shares = deal_slices(table.lengths, slices.lengths, self.threads, CHUNK, self.plan.device == "cpu")
+            shares = deal_slices(table.lengths, slices, self.threads, CHUNK, self.plan.device == "cpu")
         elif self.plan.device != "cpu":
             shares = [table.whole]
         else:
@@ -323,13 +323,14 @@ def deal(lengths: Array, threads: int, chunk: int) -> list[Array]:
     return [np.array(share, np.int64) for share in shares]
 
 
-def deal_slices(lengths: Array, slices: Array, threads: int, chunk: int, cut: bool = True) -> list[Array]:
+def deal_slices(lengths: Array, slices: Slices, threads: int, chunk: int, cut: bool = True) -> list[Array]:
     """As `deal`, for pieces that count slices, (row, first slice, slice after the last); without ``cut`` all in one share."""
     size = min(chunk, max(1, int(lengths.sum()) // threads))
+    least = 64 if slices.strided else 1  # neighbouring columns are read together
     shares = []
-    for row, (count, length) in enumerate(zip((lengths // slices).tolist(), slices.tolist(), strict=True)):
-        step = max(1, size // length)
-        shares += [[(row, first, min(first + step, count))] for first in range(0, count, step)]
+    for row, (total, length) in enumerate(zip(lengths.tolist(), slices.lengths.tolist(), strict=True)):
+        step = max(least, size // length)
+        shares += [[(row, first, min(first + step, total // length))] for first in range(0, total // length, step)]
     if not cut:
         shares = [[piece for share in shares for piece in share]]
     return [np.array(share, np.int64).reshape(-1, 3) for share in shares]

@@ -59,7 +59,7 @@ class Selection:
         bins = counts.shape[1] - 1
         at_least = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]  # entries in a bin or above it
         # the highest bin in which, or above which, the rank is reached: -1 below the window, `bins` above it
-        found = (at_least >= ranks[:, None]).sum(axis=1) - 1
+        found = np.count_nonzero(at_least >= ranks[:, None], axis=1) - 1
         inside = (found >= 0) & (found < bins)
         at = np.where(inside, found, 0)
         start = low + (at << shift)
@@ -76,7 +76,7 @@ class Selection:
 
 def shift_for(low: Integers, high: Integers, bins: int) -> Integers:
     """Return the least shift with which ``bins`` bins cover the patterns from ``low`` to ``high``."""
-    widths = [int(width).bit_length() for width in ((high - low) // bins).tolist()]
+    widths = [width.bit_length() for width in ((high - low) // bins).reshape(-1).tolist()]
     return np.array(widths, np.int64).reshape(low.shape)
 
 

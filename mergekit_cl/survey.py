@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import fsum
 from typing import Any, Protocol, TypeAlias
 
@@ -20,7 +20,7 @@ from mergekit_cl.steps import FIRST, LAST, AtRandom, Cut, Gram, KeptMagnitude, K
 Asked: TypeAlias = Mapping[int, Any]
 """Surveys by the number of the scope that asks."""
 
-SAMPLED = 1 << 18
+SAMPLED = 1 << 15
 """Elements of a scope from which on a sample tells where to look for a cut."""
 
 _RUN = 32  # neighbours that are sampled together: they lie in one or two lines of the cache
@@ -129,10 +129,15 @@ class _Search:
     items: Sequence[Item]
     rows: list[tuple[Span, ...]]
     numbers: npt.NDArray[np.intp]
+    bins: int = 0
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return sum(len(row[0]) for row in self.rows)
+
+    @cached_property
+    def dtypes(self) -> list[tuple[str, ...]]:
+        return [Table([row]).dtypes for row in self.rows]
 
     def sample(self, numbers: npt.NDArray[np.intp]) -> "_Search":
         """Copy runs of neighbours at equal distances, with every column twice."""
@@ -167,7 +172,7 @@ def _cuts(engine: Sweeps, asked: Asked) -> dict[int, list[list[Cut]]]:
             rows = [(spans[-1], *(spans[k] for k in columns)) for spans in (engine.spans[item.name] for item in items)]
             searches.append(_Search(items, rows, np.arange(len(wanted) - len(columns), len(wanted))))
     if searches:
-        wide = any(Table([row]).compute == np.float64 for search in searches for row in search.rows)
+        wide = any("float64" in dtypes for search in searches for dtypes in search.dtypes)
         ranks = np.array([rank for *_, rank in wanted], np.int64)
         chosen = _select(engine, searches, Selection(ranks, 63 if wide else 31), _guess(engine, searches, ranks, wide), wide)
         magnitudes = chosen.low.view(np.float64) if wide else chosen.low.astype(np.int32).view(np.float32)
@@ -205,25 +210,36 @@ def _select(
     """Count, round by round, until all selections are made."""
     low, high = guess or (selection.low, selection.high)
     while searches:
+        for search, width in zip(searches, _widths(searches, high - low), strict=True):
+            most = min(_BINS[1], max(_BINS[0], 1 << (search.elements // 64).bit_length()))
+            search.bins = min(1 << width.bit_length(), most)
         groups: defaultdict[Any, list[tuple[_Search, tuple[Span, ...]]]] = defaultdict(list)
         for search in searches:
-            width = int((high[search.numbers] - low[search.numbers]).max()).bit_length()
-            most = min(_BINS[1], max(_BINS[0], 1 << (search.elements // 64).bit_length()))
-            for row in search.rows:
-                groups[min(1 << width, most), Table([row]).dtypes].append((search, row))
+            for row, dtypes in zip(search.rows, search.dtypes, strict=True):
+                groups[search.bins, dtypes].append((search, row))
         counts: dict[_Search, Integers] = {}
-        shifts: dict[_Search, Integers] = {}
         for (bins, _), members in groups.items():
-            for search, _ in members:
-                shifts[search] = shift_for(low[search.numbers], high[search.numbers], bins)
             for part in _batches(members, bins):
-                _count(engine, part, low, shifts, bins, wide, counts)
-        for search, found in counts.items():
-            _refuse_search(engine, search, found)
-            selection.narrow(search.numbers, low[search.numbers], shifts[search], found[:, :-1])
-        searches = [search for search in searches if selection.open[search.numbers].any()]
+                _count(engine, part, low, high, bins, wide, counts)
+        for bins in {search.bins for search in searches}:
+            alike = [search for search in searches if search.bins == bins]
+            found = np.concatenate([counts[search] for search in alike])
+            numbers = np.concatenate([search.numbers for search in alike])
+            selection.narrow(numbers, low[numbers], shift_for(low[numbers], high[numbers], bins), found[:, :-1])
+        for search in searches:
+            if counts[search][:, -1].any():
+                engine.refuse_nonfinite(zip(search.items, search.rows, strict=bool(search.items)))
+        unfinished = _widths(searches, selection.open)
+        searches = [search for search, is_open in zip(searches, unfinished, strict=True) if is_open]
         low, high = selection.low, selection.high
     return selection
+
+
+def _widths(searches: Sequence[_Search], values: Array) -> list[int]:
+    """Return the largest of the values of each search."""
+    starts = np.cumsum([0, *(len(search.numbers) for search in searches)])[:-1]
+    largest: list[int] = np.maximum.reduceat(values[np.concatenate([search.numbers for search in searches])], starts).tolist()
+    return largest
 
 
 def _batches(members: Sequence[tuple[_Search, Any]], bins: int) -> Iterable[list[tuple[_Search, Any]]]:
@@ -242,24 +258,25 @@ def _batches(members: Sequence[tuple[_Search, Any]], bins: int) -> Iterable[list
 
 
 def _count(
-    engine: Sweeps, part: Sequence[tuple[_Search, tuple[Span, ...]]], low: Integers, shifts: Mapping[_Search, Integers],
-    bins: int, wide: bool, counts: dict[_Search, Integers],
+    engine: Sweeps, part: Sequence[tuple[_Search, tuple[Span, ...]]], low: Integers, high: Integers, bins: int, wide: bool,
+    counts: dict[_Search, Integers],
 ) -> None:  # fmt: skip
     """Add up the histograms of some tensors, of all that belong to one scope."""
     table = Table([row for _, row in part])
     searches = list(dict.fromkeys(search for search, _ in part))
     owner_of = {search: index for index, search in enumerate(searches)}
     owners = np.array([owner_of[search] for search, _ in part])
-    lows = np.array([low[search.numbers] for search, _ in part])
-    shift = np.array([shifts[search] for search, _ in part])
+    numbers = np.array([search.numbers for search, _ in part])
+    lows, shift = low[numbers], shift_for(low[numbers], high[numbers], bins)
 
     def call(pieces: Array) -> tuple[Array, Integers]:
         touched, groups = np.unique(owners[pieces[:, 0]], return_inverse=True)
         return touched, engine.backend.magnitude_histogram(table, lows, shift, bins, wide, groups, pieces)
 
     for _, (touched, found) in engine.sweep(call, table, few=True):
-        for owner, histogram in zip(touched, found, strict=True):
-            counts[searches[owner]] = counts.get(searches[owner], 0) + histogram
+        for owner, histogram in zip(touched.tolist(), found, strict=True):
+            search = searches[owner]
+            counts[search] = counts[search] + histogram if search in counts else histogram
 
 
 # Norms of what is kept
@@ -312,8 +329,3 @@ def _blocks(pieces: Array) -> Any:
 def _refuse(engine: Sweeps, spoiled: Mapping[int, Any]) -> None:
     items = [item for number, bad in spoiled.items() if bad for item in engine.plan.scopes[number][1]]
     engine.refuse_nonfinite((item, engine.spans[item.name]) for item in items)
-
-
-def _refuse_search(engine: Sweeps, search: _Search, found: Integers) -> None:
-    if found[:, -1].any():
-        engine.refuse_nonfinite(zip(search.items, search.rows, strict=bool(search.items)))

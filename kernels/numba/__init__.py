@@ -1,9 +1,11 @@
 """The numba backend: compiled for the machine, released from the GIL, the default on a CPU."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_cl.kernels import BLOCK, Array, Table
+from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors
 from mergekit_cl.kernels.numba import compiled, streaming
 
 _CODES = {
@@ -12,6 +14,10 @@ _CODES = {
     "float32": compiled.FLOAT32,
     "float64": compiled.FLOAT64,
 }
+_KINDS = {"all": compiled.KEEP_ALL, "random": compiled.KEEP_RANDOM, "magnitude": compiled.KEEP_MAGNITUDE}
+_COMBINE = {"sum": compiled.SUM, "weight_mean": compiled.MEAN, "count_mean": compiled.MEAN, "max": compiled.MAX}
+_PAD = 160
+"""Elements between the buffers of a tile: processors confuse a store with a load from an address 4096 bytes on."""
 
 
 def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> npt.NDArray[np.bool_]:
@@ -35,12 +41,130 @@ def largest_magnitude(table: Table, pieces: Array) -> npt.NDArray[np.float64]:
 def gram(table: Table, about: bool, pieces: Array) -> npt.NDArray[np.float64]:
     """See `mergekit_cl.kernels.Backend.gram`."""
     count = len(table.dtypes) - about
-    blocks = int(sum(-(-(stop - start) // BLOCK) for _, start, stop in pieces.tolist()))
-    sums = np.zeros((blocks, count, count))
-    scratch = np.empty((len(table.dtypes), compiled.TILE), table.compute)
-    compiled.gram(table.addresses, _codes(table), about, pieces, BLOCK, scratch, sums)
+    sums = np.zeros((_blocks(pieces), count, count))
+    scratch, vectors = _tiles(2, table.compute), _tiles(count, np.float64)
+    compiled.gram(table.addresses, _codes(table), about, pieces, BLOCK, scratch, vectors, sums)
     return sums
+
+
+def gram_of_slices(table: Table, about: bool, slices: Slices, pieces: Array) -> npt.NDArray[np.float64]:
+    """See `mergekit_cl.kernels.Backend.gram_of_slices`."""
+    count = len(table.dtypes) - about
+    sums = np.zeros((int((pieces[:, 2] - pieces[:, 1]).sum()), count, count))
+    scratch, vectors = _tiles(2, table.compute), _tiles(count, np.float64)
+    columns = _tiles(count * (count + 1) // 2, np.float64, compiled.COLUMNS)
+    compiled.gram_of_slices(
+        table.addresses, _codes(table), about, *_lengths(table, slices), slices.strided, pieces, scratch, vectors, columns, sums
+    )
+    return sums
+
+
+def weighted_sum_of_slices(
+    table: Table, weights: Array, references: npt.NDArray[np.int64], slices: Slices, pieces: Array
+) -> npt.NDArray[np.bool_]:
+    """See `mergekit_cl.kernels.Backend.weighted_sum_of_slices`."""
+    nonfinite = np.zeros(len(table.spans), np.bool_)
+    count = weights.shape[1]
+    scratch, spread = _tiles(count + 3, weights.dtype), _tiles(count, weights.dtype)
+    compiled.weighted_sum_of_slices(
+        table.addresses, _codes(table), weights, references, slices.first(table), *_lengths(table, slices), slices.strided,
+        pieces, scratch, spread, np.empty(compiled.SMALL, np.int64), nonfinite,
+    )  # fmt: skip
+    return nonfinite
+
+
+def magnitude_histogram(
+    table: Table, low: Array, shift: Array, bins: int, wide: bool, groups: npt.NDArray[np.intp], pieces: Array
+) -> npt.NDArray[np.int64]:
+    """See `mergekit_cl.kernels.Backend.magnitude_histogram`."""
+    kind, top = _patterns(np.dtype(np.float64) if wide else table.compute)
+    shift = np.minimum(shift, 8 * kind.itemsize - 1).astype(kind)
+    end = kind.type(top + 1)
+    span = np.minimum(kind.type(min(bins, top + 1)), end >> shift) << shift
+    ways = compiled.WAYS if bins <= compiled.FEW_BINS else 1
+    counts = np.zeros((int(groups.max(initial=-1)) + 1, len(table.dtypes) - 1, ways, bins + 2), np.int64)
+    compiled.magnitude_histogram(
+        table.addresses, _codes(table), np.minimum(low, top).astype(kind), span, shift, groups, pieces,
+        _tiles(2, table.compute), np.empty(compiled.SMALL, kind), _hashes()[1], counts,
+    )  # fmt: skip
+    return counts.sum(axis=2) if ways > 1 else counts[:, :, 0]
+
+
+def kept_magnitude(table: Table, keep: Keep, pieces: Array) -> npt.NDArray[np.float64]:
+    """See `mergekit_cl.kernels.Backend.kept_magnitude`."""
+    models = len(table.dtypes) - 1
+    sums = np.zeros((_blocks(pieces), models, 2))
+    compiled.kept_magnitude(
+        table.addresses, _codes(table), *_kept(keep, table.compute), pieces, BLOCK, _tiles(2, table.compute),
+        _tiles(2, np.float64), *_hashes(), sums,
+    )  # fmt: skip
+    return sums
+
+
+def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDArray[np.bool_]:
+    """See `mergekit_cl.kernels.Backend.task_vector_merge`."""
+    nonfinite = np.zeros(len(table.spans), np.bool_)
+    models, compute = how.scales.shape[1], how.scales.dtype
+    votes = how.votes if how.elect == "unweighted" else how.scales
+    shares = np.ones_like(how.scales) if how.combine == "count_mean" else how.shares
+    compiled.task_vector_merge(
+        table.addresses, _codes(table), *_kept(how.keep, compute), how.elect is not None, _COMBINE[how.combine], how.scales,
+        votes, shares, how.factors, pieces, _tiles(models + 4, compute), *_hashes(), nonfinite,
+    )  # fmt: skip
+    return nonfinite
 
 
 def _codes(table: Table) -> npt.NDArray[np.int64]:
     return np.array([_CODES[dtype] for dtype in table.dtypes], np.int64)
+
+
+def _blocks(pieces: Array) -> int:
+    return int(sum(-(-(stop - start) // BLOCK) for _, start, stop in pieces.tolist()))
+
+
+def _lengths(table: Table, slices: Slices) -> tuple[Array, Array]:
+    return slices.lengths, slices.counts(table)
+
+
+def _tiles(count: int, dtype: npt.DTypeLike, length: int = compiled.SMALL) -> Array:
+    """Make buffers for tiles, aligned to what a vector register holds."""
+    size = (length + _PAD) * np.dtype(dtype).itemsize
+    memory = np.empty(count * size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + count * size].view(dtype).reshape(count, -1)
+
+
+def _hashes() -> tuple[Array, Array, Array]:
+    """Make buffers for the hashes of a tile, two in each; for marks, with room for those of eight more entries; for a list."""
+    size = compiled.SMALL
+    return np.empty(size // 2, np.uint64), np.empty(size + 8, np.uint8), np.empty(size, np.uint32)
+
+
+def _patterns(compute: np.dtype[Any]) -> tuple[np.dtype[Any], int]:
+    """Return the unsigned type of patterns, and a number that is above all of them."""
+    return (np.dtype(np.uint32), 2**31 - 1) if compute == np.float32 else (np.dtype(np.uint64), 2**63 - 1)
+
+
+def _kept(keep: Keep, compute: np.dtype[Any]) -> tuple[int, Array, Array, Array]:
+    """Return how to carry out a `Keep`: its kind, edges, limits, keys.
+
+    ``edges`` [rows, K, 4] are the lowest pattern that may be kept, how far the highest is above it, and the two about which
+    the hash decides, compared with ``limits`` uint32 [rows, K, 2]; for "random" the second edge is 0 if nothing is kept, and
+    the limit 0 if everything is.
+    """
+    kind, top = _patterns(compute)
+    edges = np.zeros((*keep.keys.shape[:2], 4), kind)
+    limits = (keep.thresholds & 0xFFFFFFFF).astype(np.uint32)
+    if keep.kind == "random":
+        edges[..., 1] = keep.thresholds[..., 0] > 0
+    elif keep.kind == "magnitude":
+        never = kind.type(2 * top + 1)
+        some = (keep.thresholds > 0) & (keep.thresholds < 2**32) & (keep.cuts > 0)  # whether a zero is kept does not matter
+        edges[..., 2:] = np.where(some, keep.cuts.astype(kind), never)
+        # patterns that are equal to a cut belong to the window if the hash may keep them
+        one, two = keep.cuts[..., 0], keep.cuts[..., 1] - (keep.thresholds[..., 1] == 2**32)
+        low = np.where(one < 0, 0, one.astype(kind) + (keep.thresholds[..., 0] == 0)).astype(kind)
+        empty = (two < 0) | (low > two.astype(kind))
+        edges[..., 0] = np.where(empty, never, low)
+        edges[..., 1] = np.where(empty, 0, two.astype(kind) - low)
+    return _KINDS[keep.kind], edges, limits, np.array(keep.keys, np.uint32)

@@ -17,12 +17,31 @@ F = TypeVar("F", bound=Callable[..., Any])
 TILE = 2048
 """Elements per tile: three float32 buffers of this size are half of a first-level cache."""
 
+SMALL = 1024
+"""Elements per tile where a buffer is kept for every model: a tile of four models and their base is 20 KiB."""
+
+COLUMNS = 512
+"""Strided slices that are summed side by side: their sums stay in the first-level cache too."""
+
+MANY_TIES = 8
+"""A tile is hashed as a whole if more than one in so many of its entries need a hash."""
+
+WAYS, FEW_BINS = 4, 4096
+"""Copies of a histogram of few bins. Its entries often fall in one bin, and an increment waits for the one before."""
+
+LANES = 32
+"""Independent sums of a dot product."""
+
 AHEAD = 512
 """Elements of a block that is read while the next one is fetched."""
 
 BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = range(4)
 
-u16, u32 = np.uint16, np.uint32
+KEEP_ALL, KEEP_RANDOM, KEEP_MAGNITUDE = range(3)
+
+SUM, MEAN, MAX = range(3)
+
+u16, u32, u64 = np.uint16, np.uint32, np.uint64
 
 
 def compiled(function: F) -> F:
@@ -56,6 +75,47 @@ _float_of_half = _cast(
 _half_of_float = _cast(
     "_half_of_float", types.uint16, types.float32, lambda b, x: b.bitcast(b.fptrunc(x, ir.HalfType()), ir.IntType(16))
 )
+
+
+@intrinsic
+def _pattern(typingctx: Any, value: Any, like: Any) -> Any:
+    """Return the bits of a float's magnitude as an unsigned integer of the width of ``like``; NaN counts as infinity."""
+    bits, infinity = (32, 0x7F800000) if like == types.uint32 else (64, 0x7FF0000000000000)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.IntType(bits)
+        top = ir.Constant(kind, infinity)
+        wide = builder.fpext(arguments[0], ir.DoubleType()) if bits == 64 and value == types.float32 else arguments[0]
+        magnitude = builder.and_(builder.bitcast(wide, kind), ir.Constant(kind, 2 ** (bits - 1) - 1))
+        return builder.select(builder.icmp_unsigned("<", magnitude, top), magnitude, top)
+
+    return like(value, like), emit
+
+
+_trailing_zeros = _cast("_trailing_zeros", types.uint64, types.uint64, lambda b, x: b.cttz(x, ir.Constant(ir.IntType(1), 1)))
+
+
+@intrinsic
+def _wide(typingctx: Any) -> Any:
+    """Let this function use all of a vector register: LLVM keeps to half of it on processors with AVX-512."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own add() knows no such attribute
+        return context.get_dummy_value()
+
+    return types.none(), emit
+
+
+@intrinsic
+def _borrowed(typingctx: Any, array: Any) -> Any:
+    """Return an array without its reference count: counting the views of every tile would take a third of the time."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(array)(context, builder, arguments[0])
+        view.meminfo = ir.Constant(view.meminfo.type, None)
+        return view._getvalue()
+
+    return array(array), emit
 
 
 @intrinsic
@@ -110,6 +170,7 @@ def _bfloat16_bits(value: Any) -> Any:
 @compiled
 def _load(address: Any, code: Any, count: Any, out: Any) -> None:
     """Widen ``count`` elements at ``address`` into ``out``."""
+    _wide()
     if code == BFLOAT16:
         bits = carray(_pointer(address), count, np.uint16)
         for i in range(count):
@@ -131,6 +192,7 @@ def _load(address: Any, code: Any, count: Any, out: Any) -> None:
 @compiled
 def _store(values: Any, address: Any, code: Any, count: Any) -> bool:
     """Round ``values`` once, to nearest even, and write them to ``address``; return whether one is not finite."""
+    _wide()
     top = u32(0)
     if code == BFLOAT16:
         bits = carray(_pointer(address), count, np.uint16)
@@ -239,34 +301,711 @@ def largest_magnitude(addresses: Any, codes: Any, pieces: Any, largest: Any) -> 
 
 
 @compiled
-def gram(addresses: Any, codes: Any, about: Any, pieces: Any, block: Any, scratch: Any, sums: Any) -> None:
+def _read(addresses: Any, codes: Any, row: Any, column: Any, begin: Any, count: Any, following: Any, out: Any) -> None:
+    """Widen ``count`` elements of a column from ``begin`` on into ``out``, and ask for those from ``following`` on."""
+    code = codes[column]
+    size = _SIZES[code]
+    address = addresses[row, column]
+    for line in range(following * size, (following + count) * size, 64):
+        _prefetch(address + line)
+    _load(address + begin * size, code, count, out)
+
+
+@compiled
+def _subtract(x: Any, ref: Any, count: Any) -> bool:
+    """Subtract ``ref`` from ``x`` in place; what is equal has the difference zero. Return whether one is not finite."""
+    _wide()
+    bad = False
+    for i in range(count):
+        difference = x[i] - ref[i]
+        difference = difference if x[i] != ref[i] else x.dtype.type(0)
+        bad |= not abs(difference) < np.inf
+        x[i] = difference
+    return bad
+
+
+@intrinsic
+def _dot_lanes(typingctx: Any, x: Any, y: Any, count: Any) -> Any:
+    """Sum the products of the first ``count`` (a multiple of LANES, not 0) elements of two float64 arrays.
+
+    Four vectors of sums, because the next addition to a vector waits for the one before; numba would keep them in memory.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i64, double, width = ir.IntType(64), ir.DoubleType(), LANES // 4
+        vector = ir.VectorType(double, width)
+        left, right = (
+            context.make_array(kind)(context, builder, value).data
+            for kind, value in zip(signature.args[:2], arguments[:2], strict=True)
+        )
+        before, body, after = builder.block, builder.append_basic_block("dot"), builder.append_basic_block("dotted")
+        builder.branch(body)
+        builder.position_at_end(body)
+        at = builder.phi(i64)
+        sums = [builder.phi(vector) for _ in range(4)]
+        at.add_incoming(ir.Constant(i64, 0), before)
+        added = []
+        for number, each in enumerate(sums):
+            each.add_incoming(ir.Constant(vector, [0.0] * width), before)
+            where = builder.add(at, ir.Constant(i64, number * width))
+            a, b = (
+                builder.load(builder.bitcast(builder.gep(data, [where]), vector.as_pointer()), align=8)
+                for data in (left, right)
+            )
+            added.append(builder.fadd(each, builder.fmul(a, b)))
+            each.add_incoming(added[-1], body)
+        following = builder.add(at, ir.Constant(i64, LANES))
+        at.add_incoming(following, body)
+        builder.cbranch(builder.icmp_signed("<", following, arguments[2]), body, after)
+        builder.position_at_end(after)
+        four = builder.fadd(builder.fadd(added[0], added[1]), builder.fadd(added[2], added[3]))
+        total = builder.extract_element(four, ir.Constant(ir.IntType(32), 0))
+        for lane in range(1, width):
+            total = builder.fadd(total, builder.extract_element(four, ir.Constant(ir.IntType(32), lane)))
+        return total
+
+    return types.float64(x, y, types.intp), emit
+
+
+@compiled
+def _dot(x: Any, y: Any, count: Any) -> float:
+    """Sum the products of two float64 tiles in an order that depends on their length alone."""
+    _wide()
+    whole = count - count % LANES
+    total = _dot_lanes(x, y, whole) if whole else 0.0
+    for i in range(whole, count):
+        total += x[i] * y[i]
+    return total
+
+
+@compiled
+def _widen(x: Any, count: Any, out: Any) -> None:
+    _wide()
+    for i in range(count):
+        out[i] = x[i]
+
+
+@compiled
+def _widen_difference(x: Any, ref: Any, count: Any, out: Any) -> None:
+    _wide()
+    for i in range(count):
+        difference = x[i] - ref[i]
+        out[i] = difference if x[i] != ref[i] else x.dtype.type(0)
+
+
+@compiled
+def _read_vectors(
+    addresses: Any, codes: Any, row: Any, begin: Any, count: Any, following: Any, about: Any, scratch: Any, vectors: Any
+) -> None:
+    """Read ``count`` elements of every column, about a reference or not, into ``vectors``, float64 [K, SMALL]."""
+    ref, x = scratch[0], scratch[1]
+    if about:
+        _read(addresses, codes, row, 0, begin, count, following, ref)
+    for k in range(len(vectors)):
+        _read(addresses, codes, row, k + (1 if about else 0), begin, count, following, x)
+        if about:
+            _widen_difference(x, ref, count, vectors[k])
+        else:
+            _widen(x, count, vectors[k])
+
+
+@compiled
+def _gram_of_span(
+    addresses: Any, codes: Any, row: Any, start: Any, stop: Any, about: Any, scratch: Any, vectors: Any, sums: Any
+) -> None:
+    """Write the sums of a contiguous part of a row."""
+    models = len(sums)
+    sums[:] = 0.0
+    for begin in range(start, stop, SMALL):
+        count = min(SMALL, stop - begin)
+        _read_vectors(addresses, codes, row, begin, count, begin + count, about, scratch, vectors)
+        for p in range(models):
+            for q in range(p + 1):
+                sums[p, q] += _dot(vectors[p], vectors[q], count)
+    for p in range(models):
+        for q in range(p):
+            sums[q, p] = sums[p, q]
+
+
+@compiled
+def gram(addresses: Any, codes: Any, about: Any, pieces: Any, block: Any, scratch: Any, vectors: Any, sums: Any) -> None:
     """Sum the products of all pairs of columns over each block, in float64."""
+    addresses, codes, scratch, vectors, sums = (
+        _borrowed(addresses),
+        _borrowed(codes),
+        _borrowed(scratch),
+        _borrowed(vectors),
+        _borrowed(sums),
+    )
     done = 0
-    first = 1 if about else 0
-    count = sums.shape[1]
     for piece in range(len(pieces)):
         row, start, stop = pieces[piece]
-        for base in range(start, stop, block):
-            begin = base
-            while begin < min(base + block, stop):
-                size = min(TILE, min(base + block, stop) - begin)
-                for column in range(len(codes)):
-                    _load(addresses[row, column] + begin * _SIZES[codes[column]], codes[column], size, scratch[column])
-                if about:
-                    for k in range(count):
-                        for i in range(size):
-                            scratch[k + 1, i] -= scratch[0, i]
-                for p in range(count):
-                    for q in range(p + 1):
-                        dot = 0.0
-                        for i in range(size):
-                            dot += np.float64(scratch[first + p, i]) * np.float64(scratch[first + q, i])
-                        sums[done, p, q] += dot
-                begin += size
-            for p in range(count):
-                for q in range(p):
-                    sums[done, q, p] = sums[done, p, q]
+        for begin in range(start, stop, block):
+            end = min(begin + block, stop)
+            _gram_of_span(addresses, codes, row, begin, end, about, scratch, vectors, sums[done])
             done += 1
+
+
+@compiled
+def gram_of_slices(
+    addresses: Any, codes: Any, about: Any, lengths: Any, counts: Any, strided: Any, pieces: Any, scratch: Any, vectors: Any,
+    columns: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Sum the products of all pairs of columns over each slice; ``columns`` is float64 [K * (K + 1) // 2, COLUMNS]."""
+    addresses, codes, scratch, vectors, columns, sums = (
+        _borrowed(addresses),
+        _borrowed(codes),
+        _borrowed(scratch),
+        _borrowed(vectors),
+        _borrowed(columns),
+        _borrowed(sums),
+    )
+    done = 0
+    for piece in range(len(pieces)):
+        row, start, stop = pieces[piece]
+        length, count = lengths[row], counts[row]
+        if _across(length, count, strided):
+            for first in range(start, stop, COLUMNS):
+                last = min(first + COLUMNS, stop)
+                _gram_of_columns(
+                    addresses, codes, row, first, last, length, count, about, scratch, vectors, columns, sums[done:]
+                )
+                done += last - first
+        else:
+            for number in range(start, stop):
+                begin = number * length
+                _gram_of_span(addresses, codes, row, begin, begin + length, about, scratch, vectors, sums[done])
+                done += 1
+
+
+@compiled
+def _across(length: Any, count: Any, strided: Any) -> bool:
+    """Whether to sum many slices side by side. Where that makes no difference to what is read, the longer loop is inside."""
+    return bool(length == 1 or (strided and count > 1))
+
+
+@compiled
+def _gram_of_columns(
+    addresses: Any, codes: Any, row: Any, start: Any, stop: Any, length: Any, count: Any, about: Any, scratch: Any,
+    vectors: Any, columns: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Write the sums of at most COLUMNS neighbouring strided slices."""
+    models, width = len(vectors), stop - start
+    columns[:] = 0.0
+    together = SMALL // width if width == count else 1  # few slices: several elements of each are one tile
+    for at in range(0, length, together):
+        size = min(together, length - at) * width
+        begin = at * count + start
+        _read_vectors(addresses, codes, row, begin, size, begin + together * count, about, scratch, vectors)
+        pair = 0
+        for p in range(models):
+            for q in range(p + 1):
+                for one in range(0, size, width):
+                    _add_products(vectors[p], vectors[q], one, width, columns[pair])
+                pair += 1
+    pair = 0
+    for p in range(models):
+        for q in range(p + 1):
+            for number in range(width):
+                sums[number, p, q] = columns[pair, number]
+                sums[number, q, p] = columns[pair, number]
+            pair += 1
+
+
+@compiled
+def _add_products(x: Any, y: Any, begin: Any, count: Any, sums: Any) -> None:
+    _wide()
+    x, y = x[begin : begin + count], y[begin : begin + count]  # numba looks for negative indices in begin + i
+    for i in range(count):
+        sums[i] += x[i] * y[i]
+
+
+@compiled
+def weighted_sum_of_slices(
+    addresses: Any, codes: Any, weights: Any, references: Any, first: Any, lengths: Any, counts: Any, strided: Any, pieces: Any,
+    scratch: Any, spread: Any, about: Any, nonfinite: Any,
+) -> None:  # fmt: skip
+    """Compute slices; ``scratch`` is [K + 3, SMALL] and ``spread`` [K, SMALL] in the compute type, ``about`` int64 [SMALL]."""
+    addresses, codes, scratch, spread, about = (
+        _borrowed(addresses),
+        _borrowed(codes),
+        _borrowed(scratch),
+        _borrowed(spread),
+        _borrowed(about),
+    )
+    for piece in range(len(pieces)):
+        row, start, stop = pieces[piece]
+        length, count = lengths[row], counts[row]
+        bad = False
+        if _across(length, count, strided):
+            for one in range(start, stop, COLUMNS):
+                width = min(COLUMNS, stop - one)
+                together = min(length, SMALL // width) if width == count else 1
+                for begin in range(0, together * width, width):
+                    for i in range(width):
+                        number = first[row] + one + i
+                        about[begin + i] = references[number]
+                        for k in range(len(spread)):
+                            spread[k, begin + i] = weights[number, k]
+                kind = _kind(about, together * width)
+                for at in range(0, length, together):
+                    size = min(together, length - at) * width
+                    begin = at * count + one
+                    following = begin + together * count
+                    bad |= _sum_tile(addresses, codes, row, begin, size, following, kind, about, spread, scratch)
+        else:
+            together = max(1, SMALL // length)
+            for one in range(start, stop, together):
+                some = min(together, stop - one)
+                for i in range(some):
+                    number = first[row] + one + i
+                    begin, end = i * length, min((i + 1) * length, SMALL)
+                    about[begin:end] = references[number]
+                    for k in range(len(spread)):
+                        spread[k, begin:end] = weights[number, k]
+                kind = _kind(about, min(some * length, SMALL))
+                for begin in range(one * length, (one + some) * length, SMALL):
+                    size = min(SMALL, (one + some) * length - begin)
+                    bad |= _sum_tile(addresses, codes, row, begin, size, begin + size, kind, about, spread, scratch)
+        if bad:
+            nonfinite[row] = True
+
+
+@compiled
+def _kind(about: Any, count: Any) -> int:
+    """Return the reference of a tile, or -1 where it has none, or -2 where they differ."""
+    _wide()
+    differ = 0
+    for i in range(count):
+        differ |= about[i] ^ about[0]
+    return int(-2 if differ else about[0])
+
+
+@compiled
+def _sum_tile(
+    addresses: Any,
+    codes: Any,
+    row: Any,
+    begin: Any,
+    count: Any,
+    following: Any,
+    kind: Any,
+    about: Any,
+    spread: Any,
+    scratch: Any,
+) -> bool:
+    """Compute and write a tile; return whether a result is not finite."""
+    terms = len(spread)
+    ref, acc, plain = scratch[terms], scratch[terms + 1], scratch[terms + 2]
+    for k in range(terms):
+        _read(addresses, codes, row, k, begin, count, following, scratch[k])
+    if kind >= 0:
+        _sum_about(scratch, scratch[kind], spread, count, acc)
+    elif kind == -1:
+        _sum_plain(scratch, spread, count, acc)
+    else:
+        for k in range(terms):
+            _where(about, k, scratch[k], count, ref)
+        _sum_about(scratch, ref, spread, count, acc)
+        _sum_plain(scratch, spread, count, plain)
+        _where(about, -1, plain, count, acc)
+    return bool(_store(acc[:count], addresses[row, terms] + begin * _SIZES[codes[terms]], codes[terms], count))
+
+
+@compiled
+def _where(about: Any, reference: Any, values: Any, count: Any, out: Any) -> None:
+    """Take ``values`` where the reference is this one."""
+    _wide()
+    for i in range(count):
+        out[i] = values[i] if about[i] == reference else out[i]
+
+
+@compiled
+def _sum_about(inputs: Any, ref: Any, weights: Any, count: Any, acc: Any) -> None:
+    acc[:count] = 0.0
+    for k in range(len(weights)):
+        _add_about(inputs[k], ref, weights[k], count, acc)
+    for i in range(count):
+        acc[i] = ref[i] - acc[i]
+
+
+@compiled
+def _add_about(x: Any, ref: Any, weight: Any, count: Any, acc: Any) -> None:
+    _wide()
+    zero = acc.dtype.type(0)
+    for i in range(count):
+        term = weight[i] * (ref[i] - x[i])
+        term = term if ref[i] != x[i] else zero
+        acc[i] += term if weight[i] != zero else zero
+
+
+@compiled
+def _sum_plain(inputs: Any, weights: Any, count: Any, acc: Any) -> None:
+    acc[:count] = -0.0  # -0 + x is x, also for x = -0
+    for k in range(len(weights)):
+        _add_plain(inputs[k], weights[k], count, acc)
+
+
+@compiled
+def _add_plain(x: Any, weight: Any, count: Any, acc: Any) -> None:
+    _wide()
+    nothing = acc.dtype.type(-0.0)
+    for i in range(count):
+        term = weight[i] * x[i]
+        acc[i] += term if weight[i] != nothing else nothing
+
+
+@njit(inline="always")
+def _philox(low: Any, high: Any, key: Any) -> Any:
+    """Return the words of Philox-4x32-10 for a counter of two words, as two pairs, each a uint64."""
+    mask = u64(0xFFFFFFFF)
+    a, b, c, d = low, high, u64(0), u64(0)
+    key0, key1 = u64(key[0]), u64(key[1])
+    for _ in range(10):
+        one, two = u64(u64(0xD2511F53) * a), u64(u64(0xCD9E8D57) * c)
+        a, b = u64(u64(u64(two >> u64(32)) ^ b) ^ key0), u64(two & mask)
+        c, d = u64(u64(u64(one >> u64(32)) ^ d) ^ key1), u64(one & mask)
+        key0, key1 = u64(u64(key0 + u64(0x9E3779B9)) & mask), u64(u64(key1 + u64(0xBB67AE85)) & mask)
+    return u64(a | u64(b << u64(32))), u64(c | u64(d << u64(32)))
+
+
+@compiled
+def _hash(first: Any, key: Any, count: Any, out: Any) -> None:
+    """Write the hashes of elements from ``first``, a multiple of 4, on, two in each uint64."""
+    _wide()
+    low, high = u64(u64(first // 4) & u64(0xFFFFFFFF)), u64(u64(first // 4) >> u64(32))
+    for i in range((count + 3) // 4):
+        out[2 * i], out[2 * i + 1] = _philox(u64(low + u64(i)), high, key)
+
+
+@compiled
+def _drop(
+    vector: Any, kind: Any, edges: Any, limits: Any, key: Any, first: Any, count: Any, hashes: Any, marks: Any, found: Any
+) -> None:
+    """Set what is not kept of a tile of a task vector to zero; ``edges`` and ``limits`` are explained in the package."""
+    if kind == KEEP_MAGNITUDE:
+        ties = _trim(vector, edges, count, marks)
+        if ties > count // MANY_TIES:
+            _hash(first, key, count, hashes)
+            _break_ties(vector, edges, limits, hashes.view(np.uint32), count)
+        elif ties:
+            marks[count : count + 8] = 0
+            _find(marks.view(np.uint64), (count + 7) // 8, found)
+            _hash_some(first, key, found, ties, hashes.view(np.uint32))
+            _break_few_ties(vector, edges, limits, hashes.view(np.uint32), found, ties)
+    elif edges[1] == 0:
+        vector[:count] = 0.0
+    elif limits[0]:
+        _hash(first, key, count, hashes)
+        _drop_at_random(vector, limits[0], hashes.view(np.uint32), count)
+
+
+@compiled
+def _trim(vector: Any, edges: Any, count: Any, marks: Any) -> Any:
+    """Set patterns outside the window to zero; mark those that the hash decides about, and return how many there are."""
+    _wide()
+    low, span, one, two = edges[0], edges[1], edges[2], edges[3]
+    ties = u32(0)
+    for i in range(count):
+        pattern = _pattern(vector[i], low)
+        tie = (pattern == one) | (pattern == two)
+        marks[i] = np.uint8(tie)
+        ties = u32(ties + u32(tie))
+        vector[i] = vector[i] if edges.dtype.type(pattern - low) <= span else vector.dtype.type(0)
+    return ties
+
+
+@njit(inline="always")
+def _dropped(pattern: Any, hashed: Any, edges: Any, limits: Any) -> Any:
+    """Whether a tie is dropped: at the lower edge the larger hashes are, and at the upper edge the smaller ones."""
+    return ((pattern == edges[2]) & (hashed >= limits[0])) | ((pattern == edges[3]) & (hashed < limits[1]))
+
+
+@compiled
+def _break_ties(vector: Any, edges: Any, limits: Any, hashes: Any, count: Any) -> None:
+    _wide()
+    for i in range(count):
+        dropped = _dropped(_pattern(vector[i], edges[0]), hashes[i], edges, limits)
+        vector[i] = vector.dtype.type(0) if dropped else vector[i]
+
+
+@compiled
+def _find(marks: Any, count: Any, found: Any) -> int:
+    """List the entries that are marked; eight marks, each a byte, are looked at together."""
+    number = 0
+    for word in range(count):
+        left = marks[word]
+        while left:
+            found[number] = 8 * word + (_trailing_zeros(left) >> 3)
+            number += 1
+            left = u64(left & u64(left - u64(1)))
+    return number
+
+
+@compiled
+def _hash_some(first: Any, key: Any, found: Any, count: Any, out: Any) -> None:
+    """Write the hashes of a few elements of a tile, those that were found."""
+    _wide()
+    low, high = u64(u64(first // 4) & u64(0xFFFFFFFF)), u64(u64(first // 4) >> u64(32))
+    for i in range(count):
+        at = u64(found[i])
+        one, two = _philox(u64(low + u64(at >> u64(2))), high, key)
+        pair = two if at & u64(2) else one
+        out[i] = u32(pair >> u64(32)) if at & u64(1) else u32(pair & u64(0xFFFFFFFF))
+
+
+@compiled
+def _break_few_ties(vector: Any, edges: Any, limits: Any, hashes: Any, found: Any, count: Any) -> None:
+    for i in range(count):
+        at = found[i]
+        dropped = _dropped(_pattern(vector[at], edges[0]), hashes[i], edges, limits)
+        vector[at] = vector.dtype.type(0) if dropped else vector[at]
+
+
+@compiled
+def _drop_at_random(vector: Any, limit: Any, hashes: Any, count: Any) -> None:
+    _wide()
+    for i in range(count):
+        vector[i] = vector[i] if hashes[i] < limit else vector.dtype.type(0)
+
+
+@compiled
+def kept_magnitude(
+    addresses: Any, codes: Any, kind: Any, edges: Any, limits: Any, keys: Any, pieces: Any, block: Any, scratch: Any,
+    vectors: Any, hashes: Any, marks: Any, found: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Sum magnitudes of task vectors over each block, in float64: all, and those that are kept."""
+    addresses, codes, edges, limits, keys, scratch, vectors, hashes, marks, found = (
+        _borrowed(addresses),
+        _borrowed(codes),
+        _borrowed(edges),
+        _borrowed(limits),
+        _borrowed(keys),
+        _borrowed(scratch),
+        _borrowed(vectors),
+        _borrowed(hashes),
+        _borrowed(marks),
+        _borrowed(found),
+    )
+    done = 0
+    ref, x, magnitudes, ones = scratch[0], scratch[1], vectors[0], vectors[1]
+    ones[:] = 1.0
+    for piece in range(len(pieces)):
+        row, start, stop = pieces[piece]
+        for begin in range(start, stop, SMALL):
+            if begin > start and begin % block == 0:
+                done += 1
+            count = min(SMALL, stop - begin)
+            _read(addresses, codes, row, 0, begin, count, begin + count, ref)
+            for k in range(len(codes) - 1):
+                _read(addresses, codes, row, k + 1, begin, count, begin + count, x)
+                _subtract(x, ref, count)
+                for kept in range(2):
+                    if kept and kind != KEEP_ALL:
+                        _drop(x, kind, edges[row, k], limits[row, k], keys[row, k], begin, count, hashes, marks, found)
+                    _widen_magnitudes(x, count, magnitudes)
+                    sums[done, k, kept] += _dot(magnitudes, ones, count)
+        if stop > start:
+            done += 1
+
+
+@compiled
+def _widen_magnitudes(x: Any, count: Any, out: Any) -> None:
+    _wide()
+    for i in range(count):
+        out[i] = abs(x[i])
+
+
+@compiled
+def task_vector_merge(
+    addresses: Any, codes: Any, kind: Any, edges: Any, limits: Any, keys: Any, elect: Any, combine: Any, scales: Any,
+    votes: Any, shares: Any, factors: Any, pieces: Any, scratch: Any, hashes: Any, marks: Any, found: Any, nonfinite: Any,
+) -> None:  # fmt: skip
+    """Merge the pieces of a table; ``scratch`` is [K + 4, SMALL] in the compute type."""
+    addresses, codes, edges, limits, keys, scratch, hashes, marks, found = (
+        _borrowed(addresses),
+        _borrowed(codes),
+        _borrowed(edges),
+        _borrowed(limits),
+        _borrowed(keys),
+        _borrowed(scratch),
+        _borrowed(hashes),
+        _borrowed(marks),
+        _borrowed(found),
+    )
+    models = scales.shape[1]
+    ref, chosen, total, share = scratch[models], scratch[models + 1], scratch[models + 2], scratch[models + 3]
+    out = models + 1
+    for piece in range(len(pieces)):
+        row, start, stop = pieces[piece]
+        bad = False
+        for begin in range(start, stop, SMALL):
+            count = min(SMALL, stop - begin)
+            _read(addresses, codes, row, 0, begin, count, begin + count, ref)
+            chosen[:count] = 0.0
+            for k in range(models):
+                vector = scratch[k]
+                _read(addresses, codes, row, k + 1, begin, count, begin + count, vector)
+                bad |= _subtract(vector, ref, count)
+                if kind != KEEP_ALL:
+                    _drop(vector, kind, edges[row, k], limits[row, k], keys[row, k], begin, count, hashes, marks, found)
+                if elect:
+                    _vote(vector, votes[row, k], count, chosen)
+            total[:count] = 0.0
+            share[:count] = 0.0
+            for k in range(models):
+                scale, vote, part = scales[row, k], votes[row, k], shares[row, k]
+                if combine == MAX:
+                    _keep_largest(scratch[k], scale, vote, elect, chosen, count, total)
+                else:
+                    _add_agreeing(scratch[k], scale, vote, part, elect, chosen, count, total, share)
+            _change(ref, total, share, combine == MEAN, factors[row], count)
+            bad |= _store(total[:count], addresses[row, out] + begin * _SIZES[codes[out]], codes[out], count)
+        if bad:
+            nonfinite[row] = True
+
+
+@compiled
+def _vote(vector: Any, vote: Any, count: Any, chosen: Any) -> None:
+    _wide()
+    for i in range(count):
+        chosen[i] += vote * vector[i]
+
+
+@njit(inline="always")
+def _agrees(vote: Any, chosen: Any, zero: Any) -> Any:
+    """Whether a vote has the elected sign; a vote that is NaN has."""
+    return (not vote <= zero) if chosen >= zero else (not vote >= zero)
+
+
+@compiled
+def _add_agreeing(
+    vector: Any, scale: Any, vote: Any, part: Any, elect: Any, chosen: Any, count: Any, total: Any, share: Any
+) -> None:
+    """Add the entries that agree to ``total``, and the model's part to ``share``."""
+    _wide()
+    zero = total.dtype.type(0)
+    if elect:
+        for i in range(count):
+            agrees = _agrees(vote * vector[i], chosen[i], zero)
+            total[i] += scale * vector[i] if agrees else zero
+            share[i] += part if agrees else zero
+    else:
+        for i in range(count):
+            value = scale * vector[i]
+            total[i] += value
+            share[i] += part if value != zero else zero
+
+
+@compiled
+def _keep_largest(vector: Any, scale: Any, vote: Any, elect: Any, chosen: Any, count: Any, total: Any) -> None:
+    """Put entries that agree and are larger than those of earlier models into ``total``."""
+    _wide()
+    zero = total.dtype.type(0)
+    if elect:
+        for i in range(count):
+            value = scale * vector[i] if _agrees(vote * vector[i], chosen[i], zero) else zero
+            total[i] = value if _larger(value, total[i]) else total[i]
+    else:
+        for i in range(count):
+            value = scale * vector[i]
+            total[i] = value if _larger(value, total[i]) else total[i]
+
+
+@njit(inline="always")
+def _larger(value: Any, than: Any) -> Any:
+    """Compare magnitudes; NaN is larger than every number, and none is larger than NaN."""
+    return (abs(value) > abs(than)) | ((value != value) & (than == than))
+
+
+@compiled
+def _change(ref: Any, total: Any, share: Any, mean: Any, factor: Any, count: Any) -> None:
+    """Make the result of the totals, in place."""
+    _wide()
+    zero, one = total.dtype.type(0), total.dtype.type(1)
+    if mean:
+        for i in range(count):
+            total[i] /= share[i] if share[i] != zero else one
+    for i in range(count):
+        change = factor * total[i]
+        total[i] = ref[i] + change if change != zero else ref[i]
+
+
+@compiled
+def magnitude_histogram(
+    addresses: Any, codes: Any, low: Any, span: Any, shift: Any, groups: Any, pieces: Any, scratch: Any, offsets: Any,
+    inside: Any, counts: Any,
+) -> None:  # fmt: skip
+    """Count the pieces; ``counts`` is int64 [groups, K, ways, bins + 2], to be summed over the ways."""
+    addresses, codes, scratch, offsets, inside, counts = (
+        _borrowed(addresses),
+        _borrowed(codes),
+        _borrowed(scratch),
+        _borrowed(offsets),
+        _borrowed(inside),
+        _borrowed(counts),
+    )
+    ref, x = scratch[0], scratch[1]
+    for piece in range(len(pieces)):
+        row, start, stop = pieces[piece]
+        for begin in range(start, stop, SMALL):
+            count = min(SMALL, stop - begin)
+            _read(addresses, codes, row, 0, begin, count, begin + count, ref)
+            for k in range(len(codes) - 1):
+                _read(addresses, codes, row, k + 1, begin, count, begin + count, x)
+                totals = counts[groups[piece], k]
+                inside[count // 8 * 8 : count // 8 * 8 + 8] = 0
+                above, bad = _place(x, ref, low[row, k], span[row, k], count, offsets, inside)
+                totals[0, -2] += above
+                totals[0, -1] += bad
+                if len(totals) == WAYS:
+                    _count_few(inside.view(np.uint64), offsets, (count + 7) // 8, shift[row, k], totals)
+                else:
+                    _count_many(inside.view(np.uint64), offsets, (count + 7) // 8, shift[row, k], totals[0])
+
+
+@compiled
+def _place(x: Any, ref: Any, low: Any, span: Any, count: Any, offsets: Any, inside: Any) -> Any:
+    """Find each entry's offset in the window, and if it is inside; return how many are above, and how many not finite."""
+    _wide()
+    reached = counted = bad = u32(0)
+    for i in range(count):
+        difference = x[i] - ref[i]
+        magnitude = abs(difference if x[i] != ref[i] else x.dtype.type(0))
+        pattern = _pattern(magnitude, low)
+        offset = offsets.dtype.type(pattern - low)
+        here = (pattern >= low) & (offset < span)
+        offsets[i] = offset
+        inside[i] = np.uint8(here)
+        reached = u32(reached + u32(pattern >= low))
+        counted = u32(counted + u32(here))
+        bad = u32(bad + u32(not magnitude < np.inf))
+    return reached - counted, bad
+
+
+@compiled
+def _count_many(inside: Any, offsets: Any, count: Any, shift: Any, totals: Any) -> None:
+    """Count the entries inside; eight of them, each a byte, are looked at together."""
+    for word in range(count):
+        left = inside[word]
+        while left:
+            totals[offsets[8 * word + (_trailing_zeros(left) >> 3)] >> shift] += 1
+            left = u64(left & u64(left - u64(1)))
+
+
+@compiled
+def _count_few(inside: Any, offsets: Any, count: Any, shift: Any, totals: Any) -> None:
+    """As `_count_many`, with a histogram for each of WAYS entries."""
+    for word in range(count):
+        left = inside[word]
+        if left == u64(0x0101010101010101):
+            for i in range(8):
+                totals[i % WAYS, offsets[8 * word + i] >> shift] += 1
+        else:
+            while left:
+                at = _trailing_zeros(left) >> 3
+                totals[at % WAYS, offsets[8 * word + at] >> shift] += 1
+                left = u64(left & u64(left - u64(1)))
 
 
 _SIZES = np.array([2, 2, 4, 8])

@@ -76,7 +76,6 @@ def _loop(dtypes: tuple[str, ...], compute: str, about: bool, in_place: bool) ->
         "_copy": _copy,
         "_address": _address,
         "_fence": _fence,
-        "_wide": _wide,
     }
     exec(compile(_source(name, dtypes, compute, about, in_place), __file__, "exec"), scope)
     loop: Callable[..., None] = compiled.compiled(scope[name])
@@ -143,17 +142,6 @@ def {name}(addresses, weights, pieces, scratch, nonfinite):
             nonfinite[row] = True
     _fence()
 """
-
-
-@intrinsic
-def _wide(typingctx: Any) -> Any:
-    """Let this function use all of a vector register: LLVM keeps to half of it on processors with AVX-512."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own add() knows no such attribute
-        return context.get_dummy_value()
-
-    return types.none(), emit
 
 
 @intrinsic

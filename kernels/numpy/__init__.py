@@ -108,7 +108,9 @@ def weighted_sum_of_slices(
             acc = np.where(about, weights.dtype.type(0), weights.dtype.type(-0.0))
             for column, weight in zip(wide, weights[part].T, strict=True):
                 value = np.where(about, np.where(ref == column, 0, ref - column), column)
-                acc = acc + np.where(weight[:, None] == 0, acc.dtype.type(-0.0), weight[:, None] * value)
+                acc = acc + np.where(
+                    (weight == 0)[:, None] | (about & (value == 0)), acc.dtype.type(-0.0), weight[:, None] * value
+                )
             acc = np.where(about, ref - acc, acc)
             nonfinite[row] |= _round_any(
                 flat := np.ascontiguousarray(acc).reshape(-1), rounded := np.empty(flat.size, out.dtype)
@@ -147,7 +149,8 @@ def magnitude_histogram(
                 if not vectors.finite:
                     counts[group, k, bins + 1] += np.count_nonzero(~np.isfinite(values))
                 patterns = vectors.patterns(values.astype(np.float64) if wide else values)
-                start, width = int(low[row, k]), bins << int(shift[row, k])
+                start = int(low[row, k])
+                width = min(bins << int(shift[row, k]), 1 << (8 * patterns.itemsize - 1))  # what is below wraps around to more
                 if start + width <= _INFINITY[patterns.itemsize]:
                     counts[group, k, bins] += np.count_nonzero(np.greater_equal(patterns, start + width, out=vectors.mask))
                 offsets = np.subtract(patterns, start, out=patterns).view(f"u{patterns.itemsize}")

@@ -44,7 +44,7 @@ def karcher(
     array([2.       , 3.4641016], dtype=float32)
     """
     gram = yield Gram()
-    return Sum(_weights(gram, np.array(normalized(weight)), max_iter, tol).tolist())
+    return Sum(_weights(gram, np.array(normalized(weight, flag=None)), max_iter, tol).tolist())
 
 
 def _weights(gram: Statistics, weight: Statistics, max_iter: int, tol: float) -> Statistics:

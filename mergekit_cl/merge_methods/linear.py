@@ -19,13 +19,12 @@ def linear(scope: Scope, *, weight: PerModel[float] = each(1.0), normalize: bool
     return Sum(normalized(weight) if normalize else weight)
 
 
-def normalized(weights: Sequence[float]) -> list[float]:
-    """Scale weights so that they add up to one."""
+def normalized(weights: Sequence[float], flag: str | None = "normalize") -> list[float]:
+    """Scale weights so that they add up to one; ``flag`` is the parameter that asks for it, for the error."""
     largest = max(map(abs, weights)) or 1.0
     scaled = [weight / largest for weight in weights]  # the sum of huge weights would overflow
     total = fsum(scaled)
     if abs(total) <= 1e-12 * len(weights):
-        raise MergeError(
-            f"weight={list(weights)}: the weights sum to zero and cannot be normalised; change them, or pass normalize=False"
-        )
+        advice = f"change them, or pass {flag}=False" if flag else "change them"
+        raise MergeError(f"weight={list(weights)}: the weights sum to zero and cannot be normalised; {advice}")
     return [weight / total for weight in scaled]

@@ -50,7 +50,7 @@ def multislerp(
     if scope.models == 1:
         return Sum([1.0])
     gram = yield Gram(task_vectors=scope.has_base)
-    weights = _weights(gram, np.array(normalized(weight) if normalize_weights else weight), eps)
+    weights = _weights(gram, np.array(normalized(weight, "normalize_weights") if normalize_weights else weight), eps)
     return Sum(weights.tolist(), base_weight=1 - fsum(weights) if scope.has_base else 0.0)
 
 

@@ -1,0 +1,119 @@
+"""Every method on three bfloat16 models and a base of 64 Mi elements: beside mergekit's merge_state_dicts, and the floor."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_cl import merge, methods
+
+StateDict: TypeAlias = dict[str, torch.Tensor]
+
+ELEMENTS = 64 << 20
+DENSITY = 0.2
+
+# name: (models, whether there is a base, how often the inputs have to be read, parameters, mergekit's or None)
+METHODS: dict[str, tuple[int, bool, int, dict[str, Any], dict[str, Any] | None]] = {
+    "linear": (3, False, 1, {}, {"weight": 1.0}),
+    "task_arithmetic": (3, True, 1, {"weight": 0.3}, {"weight": 0.3}),
+    "ties": (3, True, 2, {"density": DENSITY}, {"density": DENSITY, "weight": 1.0}),
+    "magnitude_prune": (3, True, 2, {"density": DENSITY}, None),
+    "dare_linear": (3, True, 1, {"density": DENSITY}, {"density": DENSITY, "weight": 1.0}),
+    "dare_ties": (3, True, 1, {"density": DENSITY}, {"density": DENSITY, "weight": 1.0}),
+    "breadcrumbs": (3, True, 2, {"density": DENSITY}, {"density": DENSITY, "weight": 1.0}),
+    "breadcrumbs_ties": (3, True, 2, {"density": DENSITY}, {"density": DENSITY, "weight": 1.0}),
+    "slerp": (1, True, 2, {"t": 0.3}, {"t": 0.3}),
+    "nuslerp": (2, True, 2, {"weight": [1, 2]}, {"weight": {1: 1.0, 2: 2.0}}),
+    "multislerp": (3, False, 2, {}, {"weight": 1.0}),
+    "karcher": (3, False, 2, {}, {}),
+    "model_stock": (3, True, 2, {}, {}),
+}
+ROW_WISE = {
+    "nuslerp": ({"nuslerp_flatten": False}, "rows"),
+    "model_stock": ({"filter_wise": True}, "rows"),
+}
+CASES: list[tuple[str, dict[str, Any], str]] = [(name, {}, "") for name in METHODS] + [
+    (name, *case) for name, case in ROW_WISE.items()
+]
+
+
+@pytest.fixture(scope="module")
+def models(scaled: Callable[[int], int], transformer: Callable[..., StateDict]) -> list[StateDict]:
+    """A base, and three fine-tunes of it: 300 tensors each."""
+    base = transformer(scaled(ELEMENTS), torch.bfloat16, 0)
+    generator = torch.Generator().manual_seed(1)
+    tuned = [
+        {n: (t.float() + 0.02 * torch.randn(t.shape, generator=generator)).bfloat16() for n, t in base.items()}
+        for _ in range(3)
+    ]
+    return [base, *tuned]
+
+
+@pytest.mark.parametrize(("name", "extra", "mode"), CASES, ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_method(
+    models: list[StateDict],
+    name: str,
+    extra: dict[str, Any],
+    mode: str,
+    threads: int,
+    race: Callable[..., None],
+    copy: Callable[..., None],
+) -> None:
+    mergekit = pytest.importorskip("mergekit.merge_methods.api")
+    count, based, reads, parameters, theirs = METHODS[name]
+    base = models[0] if based else None
+    tuned = models[1 : 1 + count]
+
+    def ours(backend: str) -> StateDict:
+        return merge(tuned, name, base=base, backend=backend, threads=threads, **parameters, **extra)  # type: ignore[no-any-return]
+
+    def mergekit_merge() -> StateDict:
+        return mergekit.merge_state_dicts(  # type: ignore[no-any-return]
+            [base, *tuned] if based else tuned, name, base=0 if based else None, parameters={**(theirs or {}), **extra}
+        )
+
+    result = ours("numba")
+    check_against_float64(result, ours("numpy"), name, base, tuned, {**parameters, **extra})
+    contenders: dict[str, Callable[[], object]] = {"merge()": lambda: ours("numba"), "NumPy": lambda: ours("numpy")}
+    if theirs is not None:
+        contenders["mergekit"] = mergekit_merge
+    elements = sum(tensor.numel() for tensor in result.values())
+    source, target = (np.ones(elements, np.uint16) for _ in range(2))
+    contenders["copy"] = lambda: copy(source, target)
+    contenders["copy in one thread"] = lambda: copy(source, target, 1)
+    race(
+        contenders,
+        rounds=3,
+        table="methods",
+        case={"method": f"{name} ({mode})" if mode else name, "models": count, "base": "yes" if based else "", "reads": reads},
+        bytes=((count + based) * reads + 1) * source.nbytes,
+        copied=2 * source.nbytes,
+    )
+
+
+def check_against_float64(
+    result: StateDict, other: StateDict, name: str, base: StateDict | None, tuned: list[StateDict], parameters: dict[str, Any]
+) -> None:
+    """Check a tensor against the same merge in float64, and the backends against each other."""
+    tensor = "layers.3.gate"
+    wide = [m[tensor].double().numpy() for m in [*tuned, *([base] if base else [])]]
+    inputs = {tensor: wide[-1]} if base else None
+    exact = merge([{tensor: w} for w in wide[: len(tuned)]], name, base=inputs, backend="numpy", **parameters)[tensor]
+    scale = np.max([np.abs(w) for w in wide], axis=0)
+    # half a unit in the last place of bfloat16, and float32 arithmetic on the way
+    bound = 2.0**-8 * np.abs(exact) + 2.0**-18 * scale
+    for merged in (result, other):
+        error = np.abs(merged[tensor].double().numpy() - exact)
+        # of equal entries, and of sums that cancel, another one may be chosen in float64
+        assert (error > bound).mean() < 1e-3, name
+    same = [torch.equal(result[n], other[n]) for n in result]
+    assert all(same) or methods()[name].parameters.keys() & {"density"} == set()
+
+
+MEASURED = ["linear", "sfa", "wise_ft", *METHODS]
+
+
+def test_every_method_is_measured() -> None:
+    assert set(methods()) <= set(MEASURED)
