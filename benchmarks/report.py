@@ -45,7 +45,7 @@ def write(summary: dict[str, Any]) -> str:
     software = ", ".join(f"{name} {version}" for name, version in summary["software"].items())
     parts = [f"{summary['machine']}; {software}; {summary['date']}; load average before the run {summary['load']:.1f}."]
     for table, (title, columns) in TABLES.items():
-        rows = [row for row in summary["rows"] if row["table"] == table]
+        rows = [row for row in summary["rows"] if row.get("table") == table]
         if rows:
             parts += [f"### {title}", _table([columns(row) for row in rows])]
     return "\n\n".join(parts) + "\n"
@@ -103,6 +103,10 @@ def _first_call_columns(row: Row) -> dict[str, str]:
     return {**_case(row), **{f"{name}, s": f"{seconds:.3g}" for name, seconds in row["seconds"].items()}}
 
 
+def _accuracy_columns(row: Row) -> dict[str, str]:
+    return {**_case(row), **{name: f"{value:.3g}" for name, value in row["errors"].items()}}
+
+
 def _case(row: Row) -> dict[str, str]:
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in row["case"].items()}
 
@@ -122,6 +126,7 @@ TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
     "torch": ("merge() of two tensors of 64 Mi elements, beside PyTorch", _race_columns),
     "state_dicts": ("merge() of state dicts, beside mergekit 0.1.5", _race_columns),
     "methods": ("Merge methods on bfloat16 state dicts of 300 tensors, 64 Mi elements", _method_columns),
+    "accuracy": ("Errors in bfloat16, against the same merge in float64", _accuracy_columns),
     "sfa_step": ("A step of SFA on a PyTorch model", _race_columns),
     "first_call": ("The first call of a process", _first_call_columns),
 }

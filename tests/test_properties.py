@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_cl import execute, merge
+from mergekit_cl import NonFiniteError, execute, merge
 from mergekit_cl.dtypes import type_of
 from mergekit_cl.kernels import BLOCK
 from mergekit_cl.kernels.numba import streaming
@@ -163,3 +163,12 @@ def test_close_models_lose_only_the_last_rounding(seed: int, beta: float) -> Non
     exact = beta * older.astype(np.float64) + (1 - beta) * newer.astype(np.float64)
     error = np.abs(merge([older, newer], beta=beta).astype(np.float64) - exact)
     assert (error <= 0.53 * np.spacing(np.float32(1))).all()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba", "triton"])
+def test_an_overflow_on_the_way_to_a_wider_dtype_is_found(backend: str) -> None:
+    large = np.full(3, 3e38, np.float32)
+    with pytest.raises(NonFiniteError, match="overflow"):
+        merge([large, large], "linear", normalize=False, out_dtype="float64", backend=backend)
+    with pytest.raises(NonFiniteError, match="overflow"):
+        merge([large, large], "ties", base=0 * large, density=1, combine="sum", out_dtype="float64", backend=backend)

@@ -17,7 +17,7 @@ def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> np
     """See `mergekit_cl.kernels.Backend.weighted_sum`."""
     nonfinite = np.zeros(len(table.spans), bool)
     buffers = np.empty((3, TILE), weights.dtype)
-    limit = largest_finite(table.dtypes[-1])
+    limit = min(largest_finite(table.dtypes[-1]), largest_finite(weights.dtype.name))
     with np.errstate(all="ignore"):
         for row, tile in _tiles(pieces, TILE):
             *inputs, out = (span[tile] for span in table.spans[row])
@@ -189,7 +189,7 @@ def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDAr
     """See `mergekit_cl.kernels.Backend.task_vector_merge`."""
     nonfinite = np.zeros(len(table.spans), bool)
     vectors = _TaskVectors(table, how.scales.shape[1], how.scales.dtype)
-    limit = largest_finite(table.dtypes[-1])
+    limit = min(largest_finite(table.dtypes[-1]), largest_finite(how.scales.dtype.name))
     with np.errstate(all="ignore"):
         for row, tile in _tiles(pieces, BLOCK):
             out = table.spans[row][-1][tile]
@@ -240,6 +240,8 @@ class _TaskVectors:
 
     def drop(self, keep: Keep, row: int, k: int, start: int) -> None:
         """Set the entries of task vector k that are not kept to zero; ``start`` is the index of the first in its tensor."""
+        if keep.kind == "all":
+            return
         key, (least, most) = keep.keys[row, k], keep.thresholds[row, k]
         if keep.kind == "random" and least < 1 << 32:
             self._keep(k, np.less(_hashes(key, start, self.count), least, out=self.mask))

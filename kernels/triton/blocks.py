@@ -6,6 +6,8 @@ Values are the oracle's bit for bit, in Triton's interpreter and compiled, for w
   shifts: the interpreter's own casts truncate, and widen subnormals wrongly (3.9). All other casts are IEEE in both;
 - magnitudes are compared as the integers that their bits are, where NaN is the largest: the interpreter's `tl.max`
   skips NaN.
+
+Float32 is divided by `tl.div_rn`: a plain ``/`` is approximate.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -36,11 +38,23 @@ def _load(address, start, stop, DTYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: 
     """Read a block, bfloat16 and float16 as float32, without a mask if ``FULL``: it would cost the wide accesses."""
     x_ptr = _pointers(address, start, DTYPE, BLOCK, FULL)
     x = tl.load(x_ptr) if FULL else tl.load(x_ptr, mask=tl.arange(0, BLOCK) < stop - start, other=0)
+    return _widen(x, DTYPE)
+
+
+@triton.jit
+def _widen(x, DTYPE: tl.constexpr):
+    """Make bfloat16 and float16, as they were read, float32."""
     if tl.uint16 == DTYPE:
         x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif tl.float16 == DTYPE:
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def _difference(x, ref):
+    """Subtract a reference. An entry that equals it has the difference zero, also where both are infinite."""
+    return tl.where(x == ref, 0.0, x - ref)
 
 
 @triton.jit
@@ -67,6 +81,28 @@ def _narrow(x, DTYPE: tl.constexpr):
     else:
         narrow = x.to(DTYPE)
     return narrow
+
+
+@triton.jit
+def _magnitude(x):
+    """Return the bits of ``|x|``, int32 or int64: in the order of the magnitudes, and those of NaN above infinity's."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return bits
+
+
+@triton.jit
+def _infinity(x):
+    """Return the bits of infinity in the type of ``x``, float32 or float64."""
+    return 0x7FF0000000000000 if x.dtype == tl.float64 else 0x7F800000
+
+
+@triton.jit
+def _divide(x, y):
+    """Divide, rounded to nearest even."""
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ or an unaligned span, would make the compiler read two bytes at a time.
 import triton
 import triton.language as tl
 
-from mergekit_cl.kernels.triton.blocks import _any_nonfinite, _largest, _load, _locate, _narrow, _pointers
+from mergekit_cl.kernels.triton.blocks import _any_nonfinite, _difference, _largest, _load, _locate, _narrow, _pointers
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _gram_block(
             for p in tl.static_range(COUNT):
                 x = _load(tl.load(spans_ptr + FIRST + p), tile, stop, DTYPES[FIRST + p], TILE, FULL).to(COMPUTE)
                 if ABOUT:
-                    x = x - ref
+                    x = _difference(x, ref)
                 x = x.to(tl.float64)
                 for q in tl.static_range(p + 1):
                     if q == p:
@@ -113,7 +113,7 @@ def _gram_block(
                     else:  # written as a second read, but the compiler merges the two
                         y = _load(tl.load(spans_ptr + FIRST + q), tile, stop, DTYPES[FIRST + q], TILE, FULL).to(COMPUTE)
                         if ABOUT:
-                            y = y - ref
+                            y = _difference(y, ref)
                         y = y.to(tl.float64)
                     sums += tl.where(pair == p * (p + 1) // 2 + q, tl.sum(x * y, axis=0), 0.0)
     tl.store(sums_ptr + pair, sums, mask=pair < COUNT * (COUNT + 1) // 2)
