@@ -7,14 +7,33 @@
 from mergekit_cl import merge_methods as _registers_the_built_in_methods  # noqa: F401
 from mergekit_cl.api import merge
 from mergekit_cl.errors import BackendError, MergeError, MismatchError, NonFiniteError, UnknownNameError
-from mergekit_cl.registry import Between, Fraction, PerModel, each, method, methods
-from mergekit_cl.steps import Gram, Scope, Steps, Sum
+from mergekit_cl.registry import Advice, Between, Fraction, PerModel, each, method, methods
+from mergekit_cl.steps import (
+    AtLeast,
+    AtRandom,
+    Consensus,
+    Cut,
+    Gram,
+    KeptMagnitude,
+    KthMagnitude,
+    Scope,
+    Steps,
+    Sum,
+    SumOfSlices,
+)
 
 __all__ = [
+    "Advice",
+    "AtLeast",
+    "AtRandom",
     "BackendError",
     "Between",
+    "Consensus",
+    "Cut",
     "Fraction",
     "Gram",
+    "KeptMagnitude",
+    "KthMagnitude",
     "MergeError",
     "MismatchError",
     "NonFiniteError",
@@ -22,6 +41,7 @@ __all__ = [
     "Scope",
     "Steps",
     "Sum",
+    "SumOfSlices",
     "UnknownNameError",
     "each",
     "merge",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -82,7 +82,7 @@ def methods(
 
 def methods_table() -> Table:
     """Make the table of all registered methods."""
-    table = Table("method", "what it does, parameters, paper", "base", "models", show_lines=True)
+    table = Table("method", Column("what it does, parameters, paper", overflow="fold"), "base", "models", show_lines=True)
     for method in registered().values():
         lines = [
             _code(method.summary),

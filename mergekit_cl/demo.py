@@ -165,7 +165,8 @@ def _merge_with_all(files: Sequence[Path], start: Path, tasks: Sequence[Task], s
 
 def _merge_with(method: Method, checkpoints: Sequence[Weights], base: Weights, tasks: Sequence[Task], seed: int) -> Merged:
     """Merge with a method's defaults; one that takes fewer models gets the last ones."""
-    models = checkpoints if method.most is None else checkpoints[-method.most :]
+    limit = method.most if method.base == "unused" or method.most is None else method.least
+    models = checkpoints if limit is None else checkpoints[-limit:]
     inputs = f"all {len(models)}" if len(models) == len(checkpoints) else f"last {len(models)}".removesuffix(" 1")
     inputs += "" if method.base == "unused" else " + start"
     required = [name for name, parameter in method.parameters.items() if parameter.required]

@@ -29,7 +29,7 @@ def dare_linear(
     >>> from mergekit_cl import merge
     >>> model, base = np.full(8, 3, np.float32), np.ones(8, np.float32)
     >>> merge([model], method="dare_linear", base=base, density=0.5, seed=1).tolist()  # 1 where dropped, else 1 + 2 / 0.5
-    [1.0, 5.0, 1.0, 1.0, 5.0, 5.0, 5.0, 1.0]
+    [1.0, 5.0, 5.0, 5.0, 1.0, 5.0, 5.0, 5.0]
     """
     keep = AtRandom(density, scope.seed)
     rescaled = yield from factors(rescale, density, weight, keep)

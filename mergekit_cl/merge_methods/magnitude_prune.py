@@ -22,7 +22,7 @@ def magnitude_prune(
     Trimming and rescale are those of `ties`; there is no election. normalize divides the weights by their sum.
 
     >>> from mergekit_cl import merge
-    >>> merge([np.float32([4, -1, 3, 0])], method="magnitude_prune", base=np.float32([1, 1, 1, 1]), density=0.5)
+    >>> merge([np.float32([4, -1, 2, 0])], method="magnitude_prune", base=np.float32([1, 1, 1, 1]), density=0.5)
     array([ 4., -1.,  1.,  1.], dtype=float32)
     """
     keep = yield from largest(scope, density, weight)
