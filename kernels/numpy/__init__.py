@@ -154,7 +154,8 @@ def magnitude_histogram(
                 if start + width <= _INFINITY[patterns.itemsize]:
                     counts[group, k, bins] += np.count_nonzero(np.greater_equal(patterns, start + width, out=vectors.mask))
                 offsets = np.subtract(patterns, start, out=patterns).view(f"u{patterns.itemsize}")
-                inside = offsets[np.less(offsets, width, out=vectors.mask)]
+                # as offsets[mask], in a third of the time
+                inside = offsets.take(np.flatnonzero(np.less(offsets, width, out=vectors.mask)))
                 found[k].append(inside >> inside.dtype.type(shift[row, k]))
                 if sum(map(len, found[k])) > bins:  # adding up costs as much as there are bins
                     counts[group, k, :bins] += _bincount(found[k], bins)
@@ -178,10 +179,10 @@ def kept_magnitude(table: Table, keep: Keep, pieces: Array) -> npt.NDArray[np.fl
     with np.errstate(all="ignore"):
         for row, tile in _tiles(pieces, BLOCK):
             vectors.read(row, tile)
-            for k, values in enumerate(vectors.values):
-                everything = np.abs(values).sum(dtype=np.float64)
-                vectors.drop(keep, row, k, tile.start)
-                blocks.append((everything, np.abs(values).sum(dtype=np.float64)))
+            everything = [np.abs(values).sum(dtype=np.float64) for values in vectors.values]
+            vectors.drop(keep, row, tile.start)
+            rest = [np.abs(values).sum(dtype=np.float64) for values in vectors.values]
+            blocks.append(np.stack([everything, rest], axis=1))
     return np.array(blocks).reshape(-1, models, 2)
 
 
@@ -238,24 +239,32 @@ class _TaskVectors:
         patterns: Array = np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out)
         return patterns if self.finite else np.minimum(patterns, _INFINITY[bits.itemsize], out=patterns)
 
-    def drop(self, keep: Keep, row: int, k: int, start: int) -> None:
-        """Set the entries of task vector k that are not kept to zero; ``start`` is the index of the first in its tensor."""
+    def drop(self, keep: Keep, row: int, start: int) -> None:
+        """Set the entries that are not kept to zero; ``start`` is the index of the first entry in its tensor."""
         if keep.kind == "all":
             return
-        key, (least, most) = keep.keys[row, k], keep.thresholds[row, k]
-        if keep.kind == "random" and least < 1 << 32:
-            self._keep(k, np.less(_hashes(key, start, self.count), least, out=self.mask))
-        elif keep.kind == "magnitude":
-            low, high = map(int, keep.cuts[row, k])
+        if keep.kind == "random":
+            for k, (least, _) in enumerate(keep.thresholds[row, : self._models].tolist()):
+                if least < 1 << 32:
+                    self._keep(k, np.less(_hashes(keep.keys[row, k], start, self.count), least, out=self.mask))
+            return
+        ties: list[tuple[int, bool, Array]] = []
+        for k, (low, high) in enumerate(keep.cuts[row, : self._models].tolist()):
             patterns = self.patterns(self.values[k])
-            kept = np.greater(patterns, low, out=self.mask)
-            if least and (at := np.flatnonzero(np.equal(patterns, low, out=self._other))).size:
-                kept[at] = _hashes_at(key, start, at) < least
+            kept = np.greater(patterns, low, out=self._agree[k])
             if high <= _INFINITY[patterns.itemsize]:
                 kept &= np.less_equal(patterns, high, out=self._other)
-                if most and (at := np.flatnonzero(np.equal(patterns, high, out=self._other))).size:
-                    kept[at] &= _hashes_at(key, start, at) >= most
-            self._keep(k, kept)
+            for upper, cut in enumerate((low, high)):
+                if keep.thresholds[row, k, upper] and cut <= _INFINITY[patterns.itemsize]:
+                    at = np.flatnonzero(np.equal(patterns, cut, out=self._other))
+                    ties += [(k, bool(upper), at)] if at.size else []
+        if ties:  # of all models together: NumPy's calls cost more than the arithmetic
+            hashes = iter(_hashes_at(keep.keys[row], start, [(k, at) for k, _, at in ties]))
+            for (k, upper, at), hashed in zip(ties, hashes, strict=True):
+                limit = keep.thresholds[row, k, int(upper)]
+                self._agree[k][at] = (self._agree[k][at] & (hashed >= limit)) if upper else hashed < limit
+        for k in range(self._models):
+            self._keep(k, self._agree[k])
 
     def _keep(self, k: int, kept: Array) -> None:
         if self.finite:
@@ -265,8 +274,7 @@ class _TaskVectors:
 
     def merge(self, how: TaskVectors, row: int, start: int) -> Array:
         """Combine the task vectors, which are used up, as `TaskVectors` says; return the result."""
-        for k in range(self._models):
-            self.drop(how.keep, row, k, start)
+        self.drop(how.keep, row, start)
         if how.elect == "unweighted":
             self._elect(how.votes[row])
         for value, scale in zip(self.values, how.scales[row], strict=True):
@@ -325,36 +333,43 @@ def _difference(values: Array, ref: Array) -> Array:
     return difference
 
 
-def _hashes_at(key: npt.NDArray[np.uint32], start: int, at: Array) -> npt.NDArray[np.uint32]:
-    """Compute the hashes of the entries ``start + at``; of all there are if that is less work."""
-    if 4 * len(at) > (span := int(at[-1]) + 1 if len(at) else 0):
-        return _hashes(key, start, span)[at]
-    index = (start + at).astype(np.uint64)
-    counters = index >> np.uint64(2)
-    zero = np.zeros_like(counters)
-    words = philox(counters & _WORD, counters >> np.uint64(32), zero, zero, *map(int, key))
-    return np.choose((index & np.uint64(3)).astype(np.intp), words).astype(np.uint32)
+def _hashes_at(keys: npt.NDArray[np.uint32], start: int, places: list[tuple[int, Array]]) -> list[Array]:
+    """Compute the hashes of some entries, which are given as (model, indices from ``start`` on)."""
+    index = np.concatenate([at for _, at in places]).astype(np.uint64) + np.uint64(start)
+    key = np.repeat(keys[[k for k, _ in places]].astype(np.uint64), [len(at) for _, at in places], axis=0)
+    words = philox(index >> np.uint64(2), key[:, 0], key[:, 1])
+    hashes = np.choose((index & np.uint64(3)).astype(np.intp), words)
+    return np.split(hashes, np.cumsum([len(at) for _, at in places])[:-1])
 
 
-def _hashes(key: npt.NDArray[np.uint32], start: int, count: int) -> npt.NDArray[np.uint32]:
+def _hashes(key: npt.NDArray[np.uint32], start: int, count: int) -> Array:
     """Compute the hashes (see `mergekit_cl.kernels.Keep`) of ``count`` entries from ``start`` on, a multiple of 4."""
     counters = np.arange(start // 4, -(-(start + count) // 4), dtype=np.uint64)
-    zero = np.zeros_like(counters)
-    words = philox(counters & _WORD, counters >> np.uint64(32), zero, zero, *map(int, key))
-    return np.stack(words, axis=1).astype(np.uint32).reshape(-1)[:count]
+    hashes = np.empty((len(counters), 4), np.uint32)
+    for lane, words in enumerate(philox(counters, *key.astype(np.uint64))):
+        hashes[:, lane] = words
+    return hashes.reshape(-1)[:count]
 
 
-def philox(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) -> tuple[Array, Array, Array, Array]:
-    """Philox-4x32-10 (Salmon et al., 2011): 32-bit words in uint64 arrays."""
-    shift = np.uint64(32)
-    for number in range(10):
-        first, second = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        low, high = (np.uint64((k + number * step) & 0xFFFFFFFF) for k, step in ((k0, 0x9E3779B9), (k1, 0xBB67AE85)))
-        c0, c1, c2, c3 = (second >> shift) ^ c1 ^ low, second & _WORD, (first >> shift) ^ c3 ^ high, first & _WORD
+def philox(counter: Array, key0: Any, key1: Any) -> tuple[Array, Array, Array, Array]:
+    """Philox-4x32-10 (Salmon et al., 2011) of counters below 2**64 and a key, or keys, of two words; all uint64."""
+    c0, c1, c2, c3 = counter & _WORD, counter >> _HALF, np.zeros_like(counter), np.zeros_like(counter)
+    first, second = np.empty_like(counter), np.empty_like(counter)
+    for _ in range(10):
+        np.multiply(c0, _PHILOX[0], out=first)
+        np.multiply(c2, _PHILOX[1], out=second)
+        for product, key, word, low in ((second, key0, c0, c1), (first, key1, c2, c3)):
+            np.right_shift(product, _HALF, out=word)
+            word ^= low
+            word ^= key
+            np.bitwise_and(product, _WORD, out=low)
+        key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
 
 
-_WORD = np.uint64(0xFFFFFFFF)
+_WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_PHILOX = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _INFINITY: dict[int, Any] = {4: np.int32(0x7F800000), 8: np.int64(0x7FF0000000000000)}
 
 
