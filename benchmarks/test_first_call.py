@@ -16,23 +16,36 @@ import numpy as np
 times = [perf_counter()]
 from mergekit_cl import merge
 times.append(perf_counter())
-dtype, elements = sys.argv[1], int(sys.argv[2])
+dtype, elements, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 if dtype == "bfloat16":
     from ml_dtypes import bfloat16 as dtype
 models = [np.full(elements, value, dtype) for value in (1, 2)]
 for call in range(2):
     start = perf_counter()
-    merged = merge(models, method="linear", weight=[0.75, 0.25], backend="numba")
+    if method == "linear":
+        merged = merge(models, method, weight=[0.75, 0.25], backend="numba")
+    elif method == "slerp":
+        merged = merge(models, method, t=0.25, backend="numba")
+    else:
+        how = {"density": 0.25, "rescale": None, "weight": 0.25, "combine": "sum"}
+        merged = merge(models[1:], method, base=models[0], backend="numba", **how)
     times.append(perf_counter() - start)
-assert (merged == 1.25).all()
+if method in ("linear", "slerp"):
+    assert (merged == 1.25).all()
+else:
+    assert abs((merged == 1.25).mean() - 0.25) < 0.02 and set(np.unique(merged).tolist()) == {1.0, 1.25}
 print(json.dumps({"import": times[1] - times[0], "first merge()": times[2], "second merge()": times[3]}))
 """
 
 
-@pytest.mark.parametrize("elements", [1 << 16, 8 << 20], ids=["64 Ki", "8 Mi"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_first_call(benchmark: BenchmarkFixture, tmp_path: Path, dtype: str, elements: int) -> None:
-    command = [sys.executable, "-c", PROGRAM, dtype, str(elements)]
+CASES = [("linear", dtype, elements) for dtype in ("float32", "bfloat16") for elements in (1 << 16, 8 << 20)]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "elements"), [*CASES, *((method, "bfloat16", 8 << 20) for method in ("slerp", "ties", "dare_ties"))]
+)
+def test_first_call(benchmark: BenchmarkFixture, tmp_path: Path, method: str, dtype: str, elements: int) -> None:
+    command = [sys.executable, "-c", PROGRAM, dtype, str(elements), method]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     runs: list[dict[str, float]] = []
 
@@ -47,4 +60,6 @@ def test_first_call(benchmark: BenchmarkFixture, tmp_path: Path, dtype: str, ele
         "first merge(), nothing compiled": cold["first merge()"],
         **{name: min(run[name] for run in warm) for name in ("first merge()", "second merge()", "import")},
     }
-    benchmark.extra_info.update(table="first_call", case={"dtype": dtype, "elements": elements}, seconds=seconds)
+    benchmark.extra_info.update(
+        table="first_call", case={"method": method, "dtype": dtype, "elements": elements}, seconds=seconds
+    )
