@@ -85,7 +85,7 @@ def magnitude_histogram(
     counts = np.zeros((int(groups.max(initial=-1)) + 1, len(table.dtypes) - 1, ways, bins + 2), np.int64)
     compiled.magnitude_histogram(
         table.addresses, _codes(table), np.minimum(low, top).astype(kind), span, shift, groups, pieces,
-        _tiles(2, table.compute), np.empty(compiled.SMALL, kind), _hashes()[1], counts,
+        _tiles(2, table.compute), np.empty(compiled.SMALL, kind), _marks()[0], *_marks(), counts,
     )  # fmt: skip
     return counts.sum(axis=2) if ways > 1 else counts[:, :, 0]
 
@@ -135,9 +135,13 @@ def _tiles(count: int, dtype: npt.DTypeLike, length: int = compiled.SMALL) -> Ar
 
 
 def _hashes() -> tuple[Array, Array, Array]:
-    """Make buffers for the hashes of a tile, two in each; for marks, with room for those of eight more entries; for a list."""
-    size = compiled.SMALL
-    return np.empty(size // 2, np.uint64), np.empty(size + 8, np.uint8), np.empty(size, np.uint32)
+    """Make buffers for the hashes of a tile, two in each, and `_marks`."""
+    return np.empty(compiled.SMALL // 2, np.uint64), *_marks()
+
+
+def _marks() -> tuple[Array, Array]:
+    """Make buffers for a bit for each entry of a tile, and for a list of entries, with room for the unused end of a batch."""
+    return np.empty(compiled.SMALL // compiled.WORD, np.uint64), np.empty(compiled.SMALL + 4, np.uint32)
 
 
 def _patterns(compute: np.dtype[Any]) -> tuple[np.dtype[Any], int]:
@@ -149,16 +153,17 @@ def _kept(keep: Keep, compute: np.dtype[Any]) -> tuple[int, Array, Array, Array]
     """Return how to carry out a `Keep`: its kind, edges, limits, keys.
 
     ``edges`` [rows, K, 4] are the lowest pattern that may be kept, how far the highest is above it, and the two about which
-    the hash decides, compared with ``limits`` uint32 [rows, K, 2]; for "random" the second edge is 0 if nothing is kept, and
-    the limit 0 if everything is.
+    the hash decides, compared with ``limits`` uint32 [rows, K, 2]; for "random" the first limit is
+    0 if the hash does not matter.
     """
     kind, top = _patterns(compute)
-    edges = np.zeros((*keep.keys.shape[:2], 4), kind)
+    never = kind.type(2 * top + 1)
+    edges = np.full((*keep.keys.shape[:2], 4), never)
+    edges[..., 0] = 0
     limits = (keep.thresholds & 0xFFFFFFFF).astype(np.uint32)
     if keep.kind == "random":
-        edges[..., 1] = keep.thresholds[..., 0] > 0
+        edges[..., 1] *= keep.thresholds[..., 0] > 0
     elif keep.kind == "magnitude":
-        never = kind.type(2 * top + 1)
         some = (keep.thresholds > 0) & (keep.thresholds < 2**32) & (keep.cuts > 0)  # whether a zero is kept does not matter
         edges[..., 2:] = np.where(some, keep.cuts.astype(kind), never)
         # patterns that are equal to a cut belong to the window if the hash may keep them

@@ -29,6 +29,9 @@ MANY_TIES = 8
 WAYS, FEW_BINS = 4, 4096
 """Copies of a histogram of few bins. Its entries often fall in one bin, and an increment waits for the one before."""
 
+WORD = 64
+"""Entries that are marked by the bits of one integer."""
+
 LANES = 32
 """Independent sums of a dot product."""
 
@@ -92,7 +95,8 @@ def _pattern(typingctx: Any, value: Any, like: Any) -> Any:
     return like(value, like), emit
 
 
-_trailing_zeros = _cast("_trailing_zeros", types.uint64, types.uint64, lambda b, x: b.cttz(x, ir.Constant(ir.IntType(1), 1)))
+_trailing_zeros = _cast("_trailing_zeros", types.uint64, types.uint64, lambda b, x: b.cttz(x, ir.Constant(ir.IntType(1), 0)))
+_ones = _cast("_ones", types.uint64, types.uint64, lambda b, x: b.ctpop(x))
 
 
 @intrinsic
@@ -123,14 +127,18 @@ def _prefetch(typingctx: Any, address: Any) -> Any:
     """Ask for the line at an address; it need not exist."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
-        read, keep, data = (ir.Constant(i32, value) for value in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), read, keep, data])
+        _emit_prefetch(builder, builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
     return types.none(types.intp), emit
+
+
+def _emit_prefetch(builder: Any, where: Any) -> None:
+    i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+    function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(i32, value) for value in (0, 3, 1))
+    builder.call(function, [builder.bitcast(where, pointer), read, keep, data])
 
 
 def _to_float32(value: Any) -> Any:
@@ -301,27 +309,182 @@ def largest_magnitude(addresses: Any, codes: Any, pieces: Any, largest: Any) -> 
 
 
 @compiled
-def _read(addresses: Any, codes: Any, row: Any, column: Any, begin: Any, count: Any, following: Any, out: Any) -> None:
-    """Widen ``count`` elements of a column from ``begin`` on into ``out``, and ask for those from ``following`` on."""
-    code = codes[column]
-    size = _SIZES[code]
+def _ask(addresses: Any, codes: Any, row: Any, column: Any, begin: Any, count: Any, following: Any) -> Any:
+    """Return the address of element ``begin`` of a column, and ask for ``count`` elements from ``following`` on."""
+    size = _SIZES[codes[column]]
     address = addresses[row, column]
     for line in range(following * size, (following + count) * size, 64):
         _prefetch(address + line)
-    _load(address + begin * size, code, count, out)
+    return address + begin * size
 
 
 @compiled
-def _subtract(x: Any, ref: Any, count: Any) -> bool:
-    """Subtract ``ref`` from ``x`` in place; what is equal has the difference zero. Return whether one is not finite."""
-    _wide()
-    bad = False
-    for i in range(count):
-        difference = x[i] - ref[i]
-        difference = difference if x[i] != ref[i] else x.dtype.type(0)
-        bad |= not abs(difference) < np.inf
-        x[i] = difference
-    return bad
+def _read(addresses: Any, codes: Any, row: Any, column: Any, begin: Any, count: Any, following: Any, out: Any) -> None:
+    """Widen ``count`` elements of a column from ``begin`` on into ``out``, and ask for those from ``following`` on."""
+    _load(_ask(addresses, codes, row, column, begin, count, following), codes[column], count, out)
+
+
+@compiled
+def _words(count: Any) -> Any:
+    return (count + WORD - 1) // WORD
+
+
+@compiled
+def _read_words(addresses: Any, codes: Any, row: Any, column: Any, begin: Any, count: Any, out: Any) -> None:
+    """Read a tile, and fill the rest of its last word with zeros."""
+    _read(addresses, codes, row, column, begin, count, begin + count, out)
+    out[count : _words(count) * WORD] = 0.0
+
+
+class _Lanes:
+    """Code for vectors of the patterns of task vectors, in loops over words of WORD entries."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, kind: types.Integer) -> None:
+        self.context, self.builder = context, builder
+        self.types, self.arguments = signature.args, arguments
+        self.width = 512 // kind.bitwidth
+        self.pattern = ir.VectorType(ir.IntType(kind.bitwidth), self.width)
+        self.double = kind.bitwidth == 64
+
+    def constant(self, value: int) -> Any:
+        return ir.Constant(self.pattern, [value] * self.width)
+
+    def spread(self, number: int) -> Any:
+        """Put an argument in every lane."""
+        one = self.builder.insert_element(ir.Constant(self.pattern, ir.Undefined), self.arguments[number], _lane(0))
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), self.width), [0] * self.width)
+        return self.builder.shuffle_vector(one, one, lanes)
+
+    def at(self, number: int, index: Any, element: Any, count: int) -> Any:
+        """Point to a vector in an array that is an argument."""
+        data = self.context.make_array(self.types[number])(self.context, self.builder, self.arguments[number]).data
+        start = self.builder.bitcast(data, element.as_pointer())
+        vector = ir.VectorType(element, count) if count > 1 else element
+        return self.builder.bitcast(self.builder.gep(start, [index]), vector.as_pointer())
+
+    def floats(self, number: int, index: Any) -> Any:
+        """Read a vector of floats, also from the bits of bfloat16."""
+        kind, builder = self.types[number].dtype, self.builder
+        if kind == types.uint16:
+            half = builder.load(self.at(number, index, ir.IntType(16), self.width), align=2)
+            i32 = ir.VectorType(ir.IntType(32), self.width)
+            shifted = builder.shl(builder.zext(half, i32), ir.Constant(i32, [16] * self.width))
+            return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), self.width))
+        element = ir.FloatType() if kind == types.float32 else ir.DoubleType()
+        return builder.load(self.at(number, index, element, self.width), align=kind.bitwidth // 8)
+
+    def difference(self, index: Any) -> tuple[Any, Any]:
+        """Subtract argument 1 from argument 0; return the difference, and the pattern of its magnitude."""
+        builder = self.builder
+        x, ref = self.floats(0, index), self.floats(1, index)
+        x = builder.fpext(x, ref.type) if x.type != ref.type else x
+        zero = ir.Constant(x.type, [0.0] * self.width)
+        difference = builder.select(builder.fcmp_unordered("!=", x, ref), builder.fsub(x, ref), zero)
+        wide = difference
+        if self.double and x.type.element == ir.FloatType():
+            wide = builder.fpext(difference, ir.VectorType(ir.DoubleType(), self.width))
+        bits = 64 if self.double else 32
+        top = self.constant(0x7FF0000000000000 if self.double else 0x7F800000)
+        magnitude = builder.and_(builder.bitcast(wide, self.pattern), self.constant(2 ** (bits - 1) - 1))
+        return difference, builder.select(builder.icmp_unsigned("<", magnitude, top), magnitude, top)
+
+    def mark(self, number: int, index: Any, condition: Any) -> None:
+        """Write a bit for each lane."""
+        bits = ir.IntType(self.width)
+        where = self.at(number, self.builder.udiv(index, ir.Constant(index.type, self.width)), bits, 1)
+        self.builder.store(self.builder.bitcast(condition, bits), where, align=self.width // 8)
+
+    def loop(self, words: Any, body: Callable[[Any], Any]) -> Any:
+        """Emit a loop over words of entries (at least one) whose ``body`` returns patterns; return the largest.
+
+        It asks for the following tile of argument 0, line by line: all lines together would have to wait for each other.
+        """
+        builder, i64 = self.builder, ir.IntType(64)
+        before, inner, after = builder.block, builder.append_basic_block("lanes"), builder.append_basic_block("done")
+        end = builder.mul(words, ir.Constant(i64, WORD))
+        builder.branch(inner)
+        builder.position_at_end(inner)
+        index, largest = builder.phi(i64), builder.phi(self.pattern)
+        index.add_incoming(ir.Constant(i64, 0), before)
+        largest.add_incoming(self.constant(0), before)
+        top = largest
+        entry = ir.IntType(self.types[0].dtype.bitwidth)
+        for line in range(0, WORD, 512 // entry.width):
+            _emit_prefetch(builder, self.at(0, builder.add(index, ir.Constant(i64, SMALL + line)), entry, 1))
+        for part in range(WORD // self.width):
+            pattern = body(builder.add(index, ir.Constant(i64, part * self.width)))
+            top = builder.select(builder.icmp_unsigned(">", pattern, top), pattern, top)
+        following = builder.add(index, ir.Constant(i64, WORD))
+        index.add_incoming(following, inner)
+        largest.add_incoming(top, inner)
+        builder.cbranch(builder.icmp_signed("<", following, end), inner, after)
+        builder.position_at_end(after)
+        name = f"llvm.vector.reduce.umax.v{self.width}i{self.pattern.element.width}"
+        kind = ir.FunctionType(self.pattern.element, [self.pattern])
+        return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), [top])
+
+
+def _lane(number: int) -> Any:
+    return ir.Constant(ir.IntType(32), number)
+
+
+@intrinsic
+def _place_lanes(
+    typingctx: Any, x: Any, ref: Any, low: Any, span: Any, words: Any, offsets: Any, reached: Any, inside: Any
+) -> Any:
+    """Do the work of `_place`."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = _Lanes(context, builder, signature, arguments, low)
+        lowest, size = lanes.spread(2), lanes.spread(3)
+
+        def body(index: Any) -> Any:
+            pattern = lanes.difference(index)[1]
+            offset = builder.sub(pattern, lowest)
+            builder.store(offset, lanes.at(5, index, lanes.pattern.element, lanes.width), align=low.bitwidth // 8)
+            reaches = builder.icmp_unsigned(">=", pattern, lowest)
+            lanes.mark(6, index, reaches)
+            lanes.mark(7, index, builder.and_(reaches, builder.icmp_unsigned("<", offset, size)))
+            return pattern
+
+        return lanes.loop(arguments[4], body)
+
+    return low(x, ref, low, low, types.intp, offsets, reached, inside), emit
+
+
+@intrinsic
+def _trim_lanes(
+    typingctx: Any, x: Any, ref: Any, low: Any, span: Any, one: Any, two: Any, words: Any, vector: Any, marks: Any
+) -> Any:
+    """Do the work of `_trim`."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = _Lanes(context, builder, signature, arguments, low)
+        lowest, size, first, second = (lanes.spread(number) for number in range(2, 6))
+
+        def body(index: Any) -> Any:
+            difference, pattern = lanes.difference(index)
+            kept = builder.icmp_unsigned("<=", builder.sub(pattern, lowest), size)
+            out = builder.select(kept, difference, ir.Constant(difference.type, [0.0] * lanes.width))
+            where = lanes.at(7, index, difference.type.element, lanes.width)
+            builder.store(out, where, align=low.bitwidth // 8)
+            tie = builder.or_(builder.icmp_unsigned("==", pattern, first), builder.icmp_unsigned("==", pattern, second))
+            lanes.mark(8, index, tie)
+            return pattern
+
+        return lanes.loop(arguments[6], body)
+
+    return low(x, ref, low, low, low, low, types.intp, vector, marks), emit
+
+
+@intrinsic
+def _infinity(typingctx: Any, like: Any) -> Any:
+    """Return the pattern of infinity."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(like.bitwidth), 0x7F800000 if like == types.uint32 else 0x7FF0000000000000)
+
+    return like(like), emit
 
 
 @intrinsic
@@ -679,40 +842,43 @@ def _hash(first: Any, key: Any, count: Any, out: Any) -> None:
 
 
 @compiled
-def _drop(
-    vector: Any, kind: Any, edges: Any, limits: Any, key: Any, first: Any, count: Any, hashes: Any, marks: Any, found: Any
-) -> None:
-    """Set what is not kept of a tile of a task vector to zero; ``edges`` and ``limits`` are explained in the package."""
-    if kind == KEEP_MAGNITUDE:
-        ties = _trim(vector, edges, count, marks)
+def _task_vector(
+    addresses: Any, codes: Any, row: Any, column: Any, begin: Any, count: Any, ref: Any, kind: Any, edges: Any, limits: Any,
+    key: Any, hashes: Any, marks: Any, found: Any, vector: Any,
+) -> Any:  # fmt: skip
+    """Make a tile of a task vector, what is not kept zero; return the largest pattern, also of what is not kept.
+
+    ``edges`` and ``limits`` are explained in the package.
+    """
+    low, span, one, two = edges[0], edges[1], edges[2], edges[3]
+    words = _words(count)
+    if codes[column] == BFLOAT16 and count == words * WORD:
+        raw = carray(_pointer(addresses[row, column] + 2 * begin), count, np.uint16)
+        top = _trim(raw, ref, low, span, one, two, words, vector, marks)
+    else:
+        _read_words(addresses, codes, row, column, begin, count, vector)
+        top = _trim(vector, ref, low, span, one, two, words, vector, marks)
+    if kind == KEEP_RANDOM:
+        if limits[0]:
+            _hash(begin, key, count, hashes)
+            _drop_at_random(vector, limits[0], hashes.view(np.uint32), count)
+    elif kind == KEEP_MAGNITUDE:
+        ties = _count_bits(marks, words)
         if ties > count // MANY_TIES:
-            _hash(first, key, count, hashes)
+            _hash(begin, key, count, hashes)
             _break_ties(vector, edges, limits, hashes.view(np.uint32), count)
         elif ties:
-            marks[count : count + 8] = 0
-            _find(marks.view(np.uint64), (count + 7) // 8, found)
-            _hash_some(first, key, found, ties, hashes.view(np.uint32))
+            _find(marks, words, found)
+            _hash_some(begin, key, found, ties, hashes.view(np.uint32))
             _break_few_ties(vector, edges, limits, hashes.view(np.uint32), found, ties)
-    elif edges[1] == 0:
-        vector[:count] = 0.0
-    elif limits[0]:
-        _hash(first, key, count, hashes)
-        _drop_at_random(vector, limits[0], hashes.view(np.uint32), count)
+    return top
 
 
 @compiled
-def _trim(vector: Any, edges: Any, count: Any, marks: Any) -> Any:
-    """Set patterns outside the window to zero; mark those that the hash decides about, and return how many there are."""
+def _trim(x: Any, ref: Any, low: Any, span: Any, one: Any, two: Any, words: Any, vector: Any, marks: Any) -> Any:
+    """Subtract, set patterns outside the window to zero, mark those that the hash decides about; return the largest."""
     _wide()
-    low, span, one, two = edges[0], edges[1], edges[2], edges[3]
-    ties = u32(0)
-    for i in range(count):
-        pattern = _pattern(vector[i], low)
-        tie = (pattern == one) | (pattern == two)
-        marks[i] = np.uint8(tie)
-        ties = u32(ties + u32(tie))
-        vector[i] = vector[i] if edges.dtype.type(pattern - low) <= span else vector.dtype.type(0)
-    return ties
+    return _trim_lanes(x, ref, low, span, one, two, words, vector, marks)
 
 
 @njit(inline="always")
@@ -730,16 +896,19 @@ def _break_ties(vector: Any, edges: Any, limits: Any, hashes: Any, count: Any) -
 
 
 @compiled
-def _find(marks: Any, count: Any, found: Any) -> int:
-    """List the entries that are marked; eight marks, each a byte, are looked at together."""
-    number = 0
-    for word in range(count):
-        left = marks[word]
-        while left:
-            found[number] = 8 * word + (_trailing_zeros(left) >> 3)
-            number += 1
-            left = u64(left & u64(left - u64(1)))
-    return number
+def _find(marks: Any, words: Any, found: Any) -> Any:
+    """List the entries whose bit is set, and return how many there are; four at a time, which takes no branch for each."""
+    number = u64(0)
+    for word in range(words):
+        left, at = marks[word], u64(word * WORD)
+        end = u64(number + _ones(left))
+        while number < end:
+            for i in range(4):
+                found[u64(number + u64(i))] = u32(at + _trailing_zeros(left))
+                left = u64(left & u64(left - u64(1)))
+            number = u64(number + u64(4))
+        number = end
+    return np.int64(number)
 
 
 @compiled
@@ -790,19 +959,21 @@ def kept_magnitude(
     done = 0
     ref, x, magnitudes, ones = scratch[0], scratch[1], vectors[0], vectors[1]
     ones[:] = 1.0
+    everything = np.full(4, ~edges.dtype.type(0), edges.dtype)
+    everything[0] = 0
     for piece in range(len(pieces)):
         row, start, stop = pieces[piece]
         for begin in range(start, stop, SMALL):
             if begin > start and begin % block == 0:
                 done += 1
             count = min(SMALL, stop - begin)
-            _read(addresses, codes, row, 0, begin, count, begin + count, ref)
+            _read_words(addresses, codes, row, 0, begin, count, ref)
             for k in range(len(codes) - 1):
-                _read(addresses, codes, row, k + 1, begin, count, begin + count, x)
-                _subtract(x, ref, count)
                 for kept in range(2):
-                    if kept and kind != KEEP_ALL:
-                        _drop(x, kind, edges[row, k], limits[row, k], keys[row, k], begin, count, hashes, marks, found)
+                    _task_vector(
+                        addresses, codes, row, k + 1, begin, count, ref, kind if kept else KEEP_ALL,
+                        edges[row, k] if kept else everything, limits[row, k], keys[row, k], hashes, marks, found, x,
+                    )  # fmt: skip
                     _widen_magnitudes(x, count, magnitudes)
                     sums[done, k, kept] += _dot(magnitudes, ones, count)
         if stop > start:
@@ -841,16 +1012,16 @@ def task_vector_merge(
         bad = False
         for begin in range(start, stop, SMALL):
             count = min(SMALL, stop - begin)
-            _read(addresses, codes, row, 0, begin, count, begin + count, ref)
+            _read_words(addresses, codes, row, 0, begin, count, ref)
             chosen[:count] = 0.0
             for k in range(models):
-                vector = scratch[k]
-                _read(addresses, codes, row, k + 1, begin, count, begin + count, vector)
-                bad |= _subtract(vector, ref, count)
-                if kind != KEEP_ALL:
-                    _drop(vector, kind, edges[row, k], limits[row, k], keys[row, k], begin, count, hashes, marks, found)
+                top = _task_vector(
+                    addresses, codes, row, k + 1, begin, count, ref, kind, edges[row, k], limits[row, k], keys[row, k], hashes,
+                    marks, found, scratch[k],
+                )  # fmt: skip
+                bad |= top == _infinity(top)
                 if elect:
-                    _vote(vector, votes[row, k], count, chosen)
+                    _vote(scratch[k], votes[row, k], count, chosen)
             total[:count] = 0.0
             share[:count] = 0.0
             for k in range(models):
@@ -875,7 +1046,7 @@ def _vote(vector: Any, vote: Any, count: Any, chosen: Any) -> None:
 @njit(inline="always")
 def _agrees(vote: Any, chosen: Any, zero: Any) -> Any:
     """Whether a vote has the elected sign; a vote that is NaN has."""
-    return (not vote <= zero) if chosen >= zero else (not vote >= zero)
+    return not (vote if chosen >= zero else -vote) <= zero
 
 
 @compiled
@@ -925,24 +1096,28 @@ def _change(ref: Any, total: Any, share: Any, mean: Any, factor: Any, count: Any
     zero, one = total.dtype.type(0), total.dtype.type(1)
     if mean:
         for i in range(count):
-            total[i] /= share[i] if share[i] != zero else one
-    for i in range(count):
-        change = factor * total[i]
-        total[i] = ref[i] + change if change != zero else ref[i]
+            change = factor * (total[i] / (share[i] if share[i] != zero else one))
+            total[i] = ref[i] + change if change != zero else ref[i]
+    else:
+        for i in range(count):
+            change = factor * total[i]
+            total[i] = ref[i] + change if change != zero else ref[i]
 
 
 @compiled
 def magnitude_histogram(
     addresses: Any, codes: Any, low: Any, span: Any, shift: Any, groups: Any, pieces: Any, scratch: Any, offsets: Any,
-    inside: Any, counts: Any,
+    reached: Any, inside: Any, found: Any, counts: Any,
 ) -> None:  # fmt: skip
     """Count the pieces; ``counts`` is int64 [groups, K, ways, bins + 2], to be summed over the ways."""
-    addresses, codes, scratch, offsets, inside, counts = (
+    addresses, codes, scratch, offsets, reached, inside, found, counts = (
         _borrowed(addresses),
         _borrowed(codes),
         _borrowed(scratch),
         _borrowed(offsets),
+        _borrowed(reached),
         _borrowed(inside),
+        _borrowed(found),
         _borrowed(counts),
     )
     ref, x = scratch[0], scratch[1]
@@ -950,62 +1125,68 @@ def magnitude_histogram(
         row, start, stop = pieces[piece]
         for begin in range(start, stop, SMALL):
             count = min(SMALL, stop - begin)
-            _read(addresses, codes, row, 0, begin, count, begin + count, ref)
+            words = _words(count)
+            padding = words * WORD - count
+            _read_words(addresses, codes, row, 0, begin, count, ref)
             for k in range(len(codes) - 1):
-                _read(addresses, codes, row, k + 1, begin, count, begin + count, x)
+                lowest, size = low[row, k], span[row, k]
                 totals = counts[groups[piece], k]
-                inside[count // 8 * 8 : count // 8 * 8 + 8] = 0
-                above, bad = _place(x, ref, low[row, k], span[row, k], count, offsets, inside)
-                totals[0, -2] += above
-                totals[0, -1] += bad
-                if len(totals) == WAYS:
-                    _count_few(inside.view(np.uint64), offsets, (count + 7) // 8, shift[row, k], totals)
+                if codes[k + 1] == BFLOAT16 and padding == 0:
+                    raw = carray(_pointer(addresses[row, k + 1] + 2 * begin), count, np.uint16)
+                    top = _place(raw, ref, lowest, size, words, offsets, reached, inside)
                 else:
-                    _count_many(inside.view(np.uint64), offsets, (count + 7) // 8, shift[row, k], totals[0])
+                    _read_words(addresses, codes, row, k + 1, begin, count, x)
+                    top = _place(x, ref, lowest, size, words, offsets, reached, inside)
+                counted = _count_bits(inside, words)
+                if counted == words * WORD:
+                    _count_all(offsets, counted, shift[row, k], totals)
+                elif counted:
+                    _find(inside, words, found)
+                    _count_some(offsets, found, counted, shift[row, k], totals)
+                above = _count_bits(reached, words) - counted
+                totals[0, -2] += above
+                if lowest == 0:
+                    totals[0, 0] -= padding
+                if top == _infinity(lowest):
+                    totals[0, -1] += _count_equal(offsets, low.dtype.type(top - lowest), count)
 
 
 @compiled
-def _place(x: Any, ref: Any, low: Any, span: Any, count: Any, offsets: Any, inside: Any) -> Any:
-    """Find each entry's offset in the window, and if it is inside; return how many are above, and how many not finite."""
+def _place(x: Any, ref: Any, low: Any, span: Any, words: Any, offsets: Any, reached: Any, inside: Any) -> Any:
+    """Find each entry's offset in the window, whether it reaches it, and is inside; return the largest pattern."""
     _wide()
-    reached = counted = bad = u32(0)
+    return _place_lanes(x, ref, low, span, words, offsets, reached, inside)
+
+
+@compiled
+def _count_bits(bits: Any, words: Any) -> Any:
+    number = u64(0)
+    for word in range(words):
+        number = u64(number + _ones(bits[word]))
+    return np.int64(number)
+
+
+@compiled
+def _count_equal(offsets: Any, value: Any, count: Any) -> Any:
+    number = 0
     for i in range(count):
-        difference = x[i] - ref[i]
-        magnitude = abs(difference if x[i] != ref[i] else x.dtype.type(0))
-        pattern = _pattern(magnitude, low)
-        offset = offsets.dtype.type(pattern - low)
-        here = (pattern >= low) & (offset < span)
-        offsets[i] = offset
-        inside[i] = np.uint8(here)
-        reached = u32(reached + u32(pattern >= low))
-        counted = u32(counted + u32(here))
-        bad = u32(bad + u32(not magnitude < np.inf))
-    return reached - counted, bad
+        number += offsets[i] == value
+    return number
 
 
 @compiled
-def _count_many(inside: Any, offsets: Any, count: Any, shift: Any, totals: Any) -> None:
-    """Count the entries inside; eight of them, each a byte, are looked at together."""
-    for word in range(count):
-        left = inside[word]
-        while left:
-            totals[offsets[8 * word + (_trailing_zeros(left) >> 3)] >> shift] += 1
-            left = u64(left & u64(left - u64(1)))
+def _count_some(offsets: Any, found: Any, number: Any, shift: Any, totals: Any) -> None:
+    """Count entries that were found; consecutive ones in different ways."""
+    ways = len(totals) - 1
+    for i in range(number):
+        totals[u64(i & ways), offsets[found[i]] >> shift] += 1
 
 
 @compiled
-def _count_few(inside: Any, offsets: Any, count: Any, shift: Any, totals: Any) -> None:
-    """As `_count_many`, with a histogram for each of WAYS entries."""
-    for word in range(count):
-        left = inside[word]
-        if left == u64(0x0101010101010101):
-            for i in range(8):
-                totals[i % WAYS, offsets[8 * word + i] >> shift] += 1
-        else:
-            while left:
-                at = _trailing_zeros(left) >> 3
-                totals[at % WAYS, offsets[8 * word + at] >> shift] += 1
-                left = u64(left & u64(left - u64(1)))
+def _count_all(offsets: Any, number: Any, shift: Any, totals: Any) -> None:
+    ways = len(totals) - 1
+    for i in range(number):
+        totals[u64(i & ways), offsets[i] >> shift] += 1
 
 
 _SIZES = np.array([2, 2, 4, 8])
