@@ -44,7 +44,7 @@ def merge(
             result has the dtype that its tensor has in the first model (or in ``out``).
         nonfinite: "error" refuses NaN and infinities in what is read, and results that overflow their dtype. "allow" lets
             them through.
-        seed: For methods with random masks.
+        seed: For methods with random masks: an integer.
         threads: Threads on the CPU; all processors by default. The result does not depend on it.
         progress: Whether to show a progress bar.
         **parameters: The method's own parameters. A per-model parameter is a number, or a list with one for each model.
@@ -100,6 +100,8 @@ def prepare(
     _check_counts(method, models, base)
     if nonfinite not in ("error", "allow"):
         raise MergeError(f'nonfinite={nonfinite!r}: must be "error" or "allow"')
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise MergeError(f"seed={seed!r}: must be an integer")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise MergeError(f"threads={threads!r}: must be a whole number, at least 1")
     if backend not in ("auto", *kernels.BACKENDS):
@@ -125,7 +127,7 @@ def prepare(
         parameters=parameters,
         labels=names,
         out_dtype=dtype,
-        seed=seed,
+        seed=int(seed),
         in_place=out is not None or opened[0].own_copy is not None,
         check_first=out is not None,
     )
@@ -151,7 +153,7 @@ def _check_counts(method: Method, models: Sequence[Any], base: Any) -> None:
         wanted = f"{method.least}" if method.least == method.most else f"{method.least} {most}"
         raise MergeError(
             f"{method.name} merges {wanted} model{'s' if wanted != '1' else ''}, but got {count}"
-            f"{'' if method.base == 'unused' else ' (the base is passed as base=, not in the list)'}"
+            f"{' (the base is passed as base=, not in the list)' if method.base == 'required' else ''}"
         )
     if method.base == "required" and base is None:
         raise MergeError(f"{method.name} needs the model that the others were fine-tuned from: pass base=...")

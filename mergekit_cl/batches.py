@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import Array, Backend, Keep, Slices, Span, Table, TaskVectors
+from mergekit_cl.models import tensor
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Sum, SumOfSlices
 from mergekit_cl.steps import Keep as KeepStep
@@ -212,14 +213,17 @@ class Binder:
         sources = (*range(plan.models), *((-1,) if plan.has_base else ()))
         counts, length = slices_of(item, step.along)
         if np.shape(step.weights) != (counts, plan.models):
-            self._does_not_fit(step)
+            raise MergeError(
+                f"{plan.method.name}: returned SumOfSlices with weights of shape {np.shape(step.weights)} for "
+                f"{tensor(item.name)}; expected [slices, models] = {(counts, plan.models)}"
+            )
         weights, references = step.terms(Table([spans]).compute, plan.has_base)
         self._check(weights, step, item)
         self._add(item, step, (weights, references, length), sources, _SlicesBatch, step.along)
 
     def _add_consensus(self, item: Item, step: Consensus) -> None:
         plan, spans = self.plan, self.spans[item.name]
-        given = [step.weight, step.rescale, *_lists(step.keep)]
+        given = [step.weight, step.rescale, *lists(step.keep)]
         if not plan.has_base or any(values is not None and len(values) != plan.models for values in given):
             self._does_not_fit(step)
         taking_part = [k for k, weight in enumerate(step.weight) if weight and not _keeps_nothing(step.keep, k)]
@@ -284,11 +288,11 @@ def keep_for(keep: KeepStep, item: Item, models: Sequence[int], compute: np.dtyp
     return keys, cuts[..., 1], cuts[..., 0]
 
 
-def _lists(keep: KeepStep | None) -> list[Sequence[Any] | None]:
+def lists(keep: KeepStep | None) -> list[Sequence[Any]]:
     """Return what a rule has for each model."""
     if keep is None:
         return []
-    return [keep.density] if isinstance(keep, AtRandom) else [keep.cuts, keep.less]
+    return [keep.density] if isinstance(keep, AtRandom) else [keep.cuts, *([] if keep.less is None else [keep.less])]
 
 
 def _keeps_nothing(keep: KeepStep | None, k: int) -> bool:

@@ -114,7 +114,7 @@ def documentation(method: Method, *, reflow: bool = False) -> Text:
 def _parameters(method: Method) -> list[Text]:
     return [
         Text(str(parameter) + (", required" if parameter.required else ""), style="green")
-        for parameter in method.parameters.values()
+        for parameter in method.shown.values()
     ]
 
 

@@ -26,11 +26,11 @@ class BackendError(MergeError):
     """The requested backend is not installed, or cannot reach the tensors."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """Build the error for an unknown name: the nearest known one, else all of them."""
+def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> UnknownNameError:
+    """Build the error for an unknown name: with advice, or the nearest known one, or all of them."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
-    advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known) or 'none'}"
+    advice = advice or (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known) or 'none'}")
     return UnknownNameError(f'unknown {kind} "{name}": {advice}')
 
 

@@ -6,11 +6,12 @@ multiples of `mergekit_cl.kernels.BLOCK` elements; no result depends on the cut 
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -23,7 +24,7 @@ from mergekit_cl.kernels import BLOCK, Array, Slices, Span, Table
 from mergekit_cl.models import Leaf, library_of, tensor
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.steps import Apply, Survey
-from mergekit_cl.survey import carry_out
+from mergekit_cl.survey import carry_out, check
 
 CHUNK = 64 * BLOCK
 """Elements that a thread takes at a time, at most: large enough to stream, small enough to share out evenly."""
@@ -104,15 +105,38 @@ class Executor:
     def _steps(self) -> list[tuple[Item, Apply]]:
         """Run the methods of all scopes to their end, in lockstep; return each tensor's apply step."""
         plan = self.plan
-        try:
+        with self._explained():
             outcomes = [plan.method(scope, **plan.parameters) for scope, _ in plan.scopes]
             if plan.method.surveys:
                 outcomes = self._lockstep(outcomes)
+        return [(item, step) for (_, group), step in zip(plan.scopes, outcomes, strict=True) for item in group]
+
+    def rehearse(self) -> None:
+        """Run the methods up to their first surveys, and check these: what can be known before any data is read.
+
+        Raises:
+            MergeError: The parameters do not go together.
+
+        """
+        plan = self.plan
+        with self._explained():
+            for number, (scope, _) in enumerate(plan.scopes):
+                outcome = plan.method(scope, **plan.parameters)
+                if plan.method.surveys:
+                    for survey in islice(outcome, 1):
+                        check(plan, number, survey)
+                    outcome.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say which method failed, where it raises something else than a `MergeError`."""
+        try:
+            yield
         except MergeError:
             raise
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise MergeError(f"{plan.method.name} failed with {type(error).__name__}: {error}; check its parameters") from error
-        return [(item, step) for (_, group), step in zip(plan.scopes, outcomes, strict=True) for item in group]
+            method = self.plan.method.name
+            raise MergeError(f"{method} failed with {type(error).__name__}: {error}; check its parameters") from error
 
     def _lockstep(self, runs: Sequence[Generator[Survey, Any, Apply]]) -> list[Apply]:
         steps: dict[int, Apply] = {}
@@ -263,7 +287,9 @@ class Executor:
         if rows and self.nonfinite == "error":
             problems = [fault for item, inputs in rows for fault in self._faults(item, inputs)]
             method, name = self.plan.method.name, tensor(rows[0][0].name)
-            raise NonFiniteError(listing(problems or [f"{name}: what {method} asks for, of finite inputs, overflows"]))
+            where = name if len(rows) == 1 else f"{name}, or one of the {len(rows) - 1} others"
+            overflow = f"{where}: what {method} asks for, of finite inputs, overflows; merge in a wider dtype"
+            raise NonFiniteError(listing(problems or [overflow]))
 
     def _faults(self, item: Item, inputs: Sequence[Span]) -> list[str]:
         """List what is not finite in the inputs of a tensor that are read."""
@@ -327,13 +353,18 @@ def deal_slices(lengths: Array, slices: Slices, threads: int, chunk: int, cut: b
     """As `deal`, for pieces that count slices, (row, first slice, slice after the last); without ``cut`` all in one share."""
     size = min(chunk, max(1, int(lengths.sum()) // threads))
     least = 64 if slices.strided else 1  # neighbouring columns are read together
-    shares = []
+    shares: list[list[tuple[int, int, int]]] = []
+    room = 0
     for row, (total, length) in enumerate(zip(lengths.tolist(), slices.lengths.tolist(), strict=True)):
         step = max(least, size // length)
-        shares += [[(row, first, min(first + step, total // length))] for first in range(0, total // length, step)]
-    if not cut:
-        shares = [[piece for share in shares for piece in share]]
-    return [np.array(share, np.int64).reshape(-1, 3) for share in shares]
+        for first in range(0, total // length, step):
+            stop = min(first + step, total // length)
+            if (room < (stop - first) * length and cut) or not shares:
+                shares.append([])
+                room = size
+            shares[-1].append((row, first, stop))
+            room -= (stop - first) * length
+    return [np.array(share, np.int64) for share in shares]
 
 
 def _processors() -> int:

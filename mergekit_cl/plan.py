@@ -5,16 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any
 
 from mergekit_cl.dtypes import EXACT
 from mergekit_cl.errors import MergeError, MismatchError, listing
 from mergekit_cl.layout import Entry, ties
 from mergekit_cl.models import Leaf, Library, Model, library_of, tensor
-from mergekit_cl.registry import Method
+from mergekit_cl.registry import SCOPE, Method
 from mergekit_cl.steps import Scope
-
-ScopeKind = Literal["tensor", "model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +33,7 @@ class Item:
         """The first of the names."""
         return self.names[0]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of all of the arrays."""
         return self.library.describe(self.like, self.name).shape
@@ -110,9 +108,7 @@ def plan(
 
     """
     given = dict(parameters)
-    kind = given.pop("scope", "tensor") if method.surveys else "tensor"
-    if kind not in get_args(ScopeKind):
-        raise MergeError(f'{method.name}: scope={kind!r}: must be "tensor" or "model"')
+    kind = SCOPE.check(given.pop("scope", "tensor") if method.surveys else "tensor", f"{method.name}:")
     inputs = [*models, base] if base is not None else list(models)
     device = _check_alignment(inputs, target, labels)
     items = _items(inputs, target)

@@ -60,7 +60,10 @@ def each(value: T) -> tuple[T, ...]:
 
 @dataclass(frozen=True)
 class Advice:
-    """What an error about a missing parameter adds: ``Annotated[float, Advice("the paper uses 0.2")]``."""
+    """What errors about a parameter add, as in ``Annotated[float, Advice("the paper uses 0.2")]``.
+
+    They are those of a value that is missing or wrong, and of an unknown parameter that the text mentions as ``name=``.
+    """
 
     text: str
 
@@ -95,8 +98,9 @@ class Parameter:
     def check(self, value: object, where: str) -> Any:
         """Return one value in the parameter's type; an error where it is of another type, or out of range."""
         if self.choices:
-            if value not in self.choices:
-                raise MergeError(f"{where} {self.name}={value!r}: must be one of {', '.join(map(repr, self.choices))}")
+            if value not in self.choices or isinstance(value, bool):
+                advice = f" ({self.advice})" if self.advice else ""
+                raise MergeError(f"{where} {self.name}={value!r}: must be one of {', '.join(map(repr, self.choices))}{advice}")
             return value
         if self.type is bool:
             if not isinstance(value, bool):
@@ -132,6 +136,10 @@ class Parameter:
         return tuple(self.check(item, f"{where} model {index}:") for index, item in enumerate(value))
 
 
+SCOPE = Parameter("scope", str, choices=("tensor", "model"), default="tensor")
+"""What every method that surveys can be given: whether to survey each tensor, or the whole model."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered merge method. Calling it calls the function."""
@@ -146,6 +154,11 @@ class Method:
     surveys: bool
     orderless: bool = False
     """Whether each entry of the result depends on nothing but the same entry of the inputs, whatever its index."""
+
+    @property
+    def shown(self) -> dict[str, Parameter]:
+        """The parameters that a user can give: those of the function, and the scope of a method that surveys."""
+        return {**self.parameters, **({"scope": SCOPE} if self.surveys else {})}
 
     @property
     def summary(self) -> str:
@@ -169,7 +182,8 @@ class Method:
         names = {name.rstrip("_"): name for name in self.parameters}
         for name in given:
             if name.rstrip("_") not in names:
-                raise unknown(f"parameter of {self.name}", name, self.parameters)
+                advice = next((f"{p.name}: {p.advice}" for p in self.parameters.values() if f" {name}=" in p.advice), "")
+                raise unknown(f"parameter of {self.name}", name, self.shown, advice)
         values = {names[name.rstrip("_")]: value for name, value in given.items()}
         missing = [name for name, parameter in self.parameters.items() if parameter.required and name not in values]
         if missing:

@@ -10,11 +10,13 @@ the vocabulary that a method has; none of them holds data of a model.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from math import fsum, inf, isfinite
-from typing import Any, Literal, TypeAlias
+from math import fsum, inf, isfinite, isnan
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from mergekit_cl.errors import MergeError
 
 Statistics: TypeAlias = npt.NDArray[np.float64]
 
@@ -87,11 +89,17 @@ class SumOfSlices:
     base_weights: Statistics | float = 0.0
     along: "Along" = "rows"
 
+    def __post_init__(self) -> None:
+        _check("SumOfSlices", "along", self.along, get_args(Along))
+
     def terms(self, compute: np.dtype[Any], has_base: bool) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Round the weights of the models and then the base, [slices, inputs], and choose each slice's reference (or -1)."""
         weights = np.asarray(self.weights, np.float64)
         if has_base:
-            base = np.broadcast_to(np.asarray(self.base_weights, np.float64), weights.shape[:1])
+            base = np.asarray(self.base_weights, np.float64)
+            if base.shape not in ((), weights.shape[:1]):
+                raise MergeError(f"SumOfSlices: base_weights of shape {base.shape} for {len(weights)} slices")
+            base = np.broadcast_to(base, weights.shape[:1])
             weights = np.concatenate([weights, base[:, None]], axis=1)
         with np.errstate(all="ignore"):
             rounded = weights.astype(compute)
@@ -111,6 +119,11 @@ class AtLeast:
     cuts: Sequence["Cut"]
     less: Sequence["Cut"] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cuts", tuple(self.cuts))
+        if self.less is not None:
+            object.__setattr__(self, "less", tuple(self.less))
+
 
 @dataclass(frozen=True)
 class AtRandom:
@@ -122,6 +135,11 @@ class AtRandom:
 
     density: Sequence[float]
     seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "density", tuple(map(float, self.density)))
+        if not all(0 <= density <= 1 for density in self.density):
+            raise MergeError(f"AtRandom: density={self.density}: must be in [0, 1]")
 
 
 Keep: TypeAlias = AtLeast | AtRandom
@@ -153,6 +171,13 @@ class Consensus:
     combine: Combine = "sum"
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", tuple(map(float, self.weight)))
+        if self.rescale is not None:
+            object.__setattr__(self, "rescale", tuple(map(float, self.rescale)))
+        _check("Consensus", "elect", self.elect, (None, *get_args(Elect)))
+        _check("Consensus", "combine", self.combine, get_args(Combine))
+
 
 Along: TypeAlias = Literal["rows", "columns"]
 """How a tensor is cut into slices: "rows" run along its last dimension, "columns" along its first. A vector is one slice."""
@@ -171,6 +196,9 @@ class Gram:
     task_vectors: bool = False
     along: Along | None = None
 
+    def __post_init__(self) -> None:
+        _check("Gram", "along", self.along, (None, *get_args(Along)))
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -182,6 +210,10 @@ class Cut:
 
     magnitude: float
     share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isnan(self.magnitude) or not 0 <= self.share <= 1:
+            raise MergeError(f"{self}: the magnitude must be a number, and the share in [0, 1]")
 
 
 FIRST, LAST = Cut(inf), Cut(-1.0)
@@ -198,6 +230,10 @@ class KthMagnitude:
 
     ranks: Sequence[Sequence[int | None]]
 
+    def __post_init__(self) -> None:
+        if not all(rank is None or isinstance(rank, int | np.integer) for ranks in self.ranks for rank in ranks):
+            raise MergeError(f"{self}: ranks are integers, or None")
+
 
 @dataclass(frozen=True)
 class KeptMagnitude:
@@ -208,6 +244,11 @@ class KeptMagnitude:
 
     keep: Keep
     read: Sequence[bool]
+
+
+def _check(step: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise MergeError(f"{step}: {name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
 Survey: TypeAlias = Gram | KthMagnitude | KeptMagnitude

@@ -4,14 +4,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
+from itertools import count, groupby
 from math import fsum
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_cl.batches import keep_for, slices_of
+from mergekit_cl.batches import keep_for, lists, slices_of
 from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import BLOCK, Array, Backend, Keep, Slices, Span, Table
 from mergekit_cl.plan import Item, Plan
@@ -27,7 +27,7 @@ SAMPLED = 1 << 15
 _RUN = 32  # neighbours that are sampled together: they lie in one or two lines of the cache
 _SAMPLE = (1 << 12, 1 << 18)
 _BINS = (1 << 9, 1 << 19)
-_COUNTERS = 1 << 23  # in a batch of histograms: 64 MiB
+_COUNTERS = 1 << 21  # in the histograms that there are at a time: 16 MiB, or those of one scope
 
 
 class Sweeps(Protocol):
@@ -62,16 +62,40 @@ def carry_out(engine: Sweeps, asked: Mapping[int, Survey]) -> dict[int, Any]:
     """
     kinds: defaultdict[Any, dict[int, Any]] = defaultdict(dict)
     for number, survey in asked.items():
+        check(engine.plan, number, survey)
         kinds[type(survey)][number] = survey
-    known: dict[Any, Callable[[Sweeps, Asked], dict[int, Any]]] = {
+    carriers: dict[Any, Callable[[Sweeps, Asked], dict[int, Any]]] = {
         Gram: _grams, KthMagnitude: _cuts, KeptMagnitude: _kept_magnitudes
     }  # fmt: skip
     answers: dict[int, Any] = {}
     for kind, part in kinds.items():
-        if kind not in known:
-            raise MergeError(f"{engine.plan.method.name}: yielded {kind.__name__}, which is not a survey")
-        answers |= known[kind](engine, part)
+        answers |= carriers[kind](engine, part)
     return answers
+
+
+def check(plan: Plan, number: int, survey: Survey) -> None:
+    """Check that a survey can be carried out for a scope.
+
+    Raises:
+        MergeError: It cannot, or it is no survey.
+
+    """
+    name, (scope, items) = plan.method.name, plan.scopes[number]
+    if not isinstance(survey, Gram | KthMagnitude | KeptMagnitude):
+        raise MergeError(f"{name}: yielded {type(survey).__name__}, which is not a survey")
+    if (not isinstance(survey, Gram) or survey.task_vectors) and not plan.has_base:
+        raise MergeError(f'{name}: task vectors need a base; declare base="required" in @method')
+    if isinstance(survey, Gram):
+        if survey.along and len(items) > 1:
+            raise MergeError(f'{name}: slices of a tensor need scope="tensor"')
+        return
+    if isinstance(survey, KthMagnitude):
+        fits = all(len(ranks) == plan.models for ranks in survey.ranks)
+        fits &= all(rank is None or 0 <= rank <= scope.elements for ranks in survey.ranks for rank in ranks)
+    else:
+        fits = all(len(values) == plan.models for values in (survey.read, *lists(survey.keep)))
+    if not fits:
+        raise MergeError(f"{name}: yielded {survey} for {plan.models} models and {scope.elements} elements")
 
 
 # Dot products
@@ -80,10 +104,6 @@ def carry_out(engine: Sweeps, asked: Mapping[int, Survey]) -> dict[int, Any]:
 def _grams(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
     groups: defaultdict[Any, list[tuple[int, Item, tuple[Span, ...]]]] = defaultdict(list)
     for number, survey in asked.items():
-        if survey.task_vectors:
-            _need_base(engine.plan)
-        if survey.along and len(engine.plan.scopes[number][1]) > 1:
-            raise MergeError(f'{engine.plan.method.name}: slices of a tensor need scope="tensor"')
         for item in engine.plan.scopes[number][1]:
             spans = engine.spans[item.name]
             columns = (spans[-1], *spans[:-1]) if engine.plan.has_base else spans
@@ -154,7 +174,6 @@ class _Search:
 def _cuts(engine: Sweeps, asked: Asked) -> dict[int, list[list[Cut]]]:
     """Find cuts through task vectors."""
     plan = engine.plan
-    _need_base(plan)
     answers: dict[int, list[list[Cut]]] = {}
     wanted: list[tuple[list[Cut], int, int]] = []  # where the answer goes, and the rank
     searches = []
@@ -163,8 +182,6 @@ def _cuts(engine: Sweeps, asked: Asked) -> dict[int, list[list[Cut]]]:
         columns = []
         answers[number] = []
         for ranks in survey.ranks:
-            if len(ranks) != plan.models or not all(rank is None or 0 <= rank <= scope.elements for rank in ranks):
-                raise MergeError(f"{plan.method.name}: ranks {ranks} for {plan.models} models and {scope.elements} elements")
             answers[number].append([LAST if rank is None or rank == scope.elements else FIRST for rank in ranks])
             found = [k for k, rank in enumerate(ranks) if rank is not None and 0 < rank < scope.elements]
             wanted += [(answers[number][-1], k, ranks[k]) for k in found]
@@ -215,73 +232,67 @@ def _select(
     for number in count():
         if not searches or number == rounds:
             break
-        for search, width in zip(searches, _widths(searches, high - low), strict=True):
+        for search, width in zip(searches, _largest(searches, high - low), strict=True):
             most = min(_BINS[1], max(_BINS[0], 1 << (search.elements // 64).bit_length()))
             search.bins = min(1 << width.bit_length(), most)
-        groups: defaultdict[Any, list[tuple[_Search, tuple[Span, ...]]]] = defaultdict(list)
-        for search in searches:
-            for row, dtypes in zip(search.rows, search.dtypes, strict=True):
-                groups[search.bins, dtypes].append((search, row))
-        counts: dict[_Search, Integers] = {}
-        for (bins, _), members in groups.items():
-            for part in _batches(members, bins):
-                _count(engine, part, low, high, bins, wide, counts)
-        for bins in {search.bins for search in searches}:
-            alike = [search for search in searches if search.bins == bins]
-            found = np.concatenate([counts[search] for search in alike])
-            numbers = np.concatenate([search.numbers for search in alike])
-            selection.narrow(numbers, low[numbers], shift_for(low[numbers], high[numbers], bins), found[:, :-1])
-        for search in searches:
-            if counts[search][:, -1].any():
-                engine.refuse_nonfinite(zip(search.items, search.rows, strict=bool(search.items)))
-        unfinished = _widths(searches, selection.open)
+        for part in _parts(searches):
+            numbers = np.concatenate([search.numbers for search in part])
+            shift = np.zeros_like(low)
+            shift[numbers] = shift_for(low[numbers], high[numbers], part[0].bins)
+            found = _count(engine, part, low, shift, wide)
+            spoiled = [search for search, counts in zip(part, found, strict=True) if counts[:, -1].any() and search.items]
+            engine.refuse_nonfinite(pair for search in spoiled for pair in zip(search.items, search.rows, strict=True))
+            selection.narrow(numbers, low[numbers], shift[numbers], np.concatenate(found)[:, :-1])
+        unfinished = _largest(searches, selection.open)
         searches = [search for search, is_open in zip(searches, unfinished, strict=True) if is_open]
         low, high = selection.low, selection.high
     return selection
 
 
-def _widths(searches: Sequence[_Search], values: Array) -> list[int]:
+def _largest(searches: Sequence[_Search], values: Array) -> list[int]:
     """Return the largest of the values of each search."""
     starts = np.cumsum([0, *(len(search.numbers) for search in searches)])[:-1]
     largest: list[int] = np.maximum.reduceat(values[np.concatenate([search.numbers for search in searches])], starts).tolist()
     return largest
 
 
-def _batches(members: Sequence[tuple[_Search, Any]], bins: int) -> Iterable[list[tuple[_Search, Any]]]:
-    """Cut a list of tensors where the histograms of so many scopes would take too much memory."""
-    part: list[tuple[_Search, Any]] = []
-    counters = 0
-    for search, row in members:
-        if not part or search is not part[-1][0]:
-            size = bins * len(search.numbers)
-            if part and counters + size > _COUNTERS:
+def _parts(searches: Sequence[_Search]) -> Iterable[list[_Search]]:
+    """Cut a list of searches into parts with as many bins each, and histograms that do not take too much memory together."""
+    for _, alike in groupby(sorted(searches, key=lambda search: search.bins), key=lambda search: search.bins):
+        part: list[_Search] = []
+        for search in alike:
+            if part and part[0].bins * sum(len(other.numbers) for other in (*part, search)) > _COUNTERS:
                 yield part
-                part, counters = [], 0
-            counters += size
-        part.append((search, row))
-    yield part
+                part = []
+            part.append(search)
+        yield part
 
 
-def _count(
-    engine: Sweeps, part: Sequence[tuple[_Search, tuple[Span, ...]]], low: Integers, high: Integers, bins: int, wide: bool,
-    counts: dict[_Search, Integers],
-) -> None:  # fmt: skip
-    """Add up the histograms of some tensors, of all that belong to one scope."""
-    table = Table([row for _, row in part])
-    searches = list(dict.fromkeys(search for search, _ in part))
-    owner_of = {search: index for index, search in enumerate(searches)}
-    owners = np.array([owner_of[search] for search, _ in part])
-    numbers = np.array([search.numbers for search, _ in part])
-    lows, shift = low[numbers], shift_for(low[numbers], high[numbers], bins)
+def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Integers, wide: bool) -> list[Integers]:
+    """Make the histograms of some searches, int64 [selections, bins + 2] each."""
+    bins = part[0].bins
+    groups: defaultdict[tuple[str, ...], list[tuple[int, tuple[Span, ...]]]] = defaultdict(list)
+    for index, search in enumerate(part):
+        for row, dtypes in zip(search.rows, search.dtypes, strict=True):
+            groups[dtypes].append((index, row))
+    counts = [np.zeros((len(search.numbers), bins + 2), np.int64) for search in part]
+    for members in groups.values():
+        table = Table([row for _, row in members])
+        owners = np.array([index for index, _ in members])
+        numbers = np.array([part[index].numbers for index, _ in members])
+        call = partial(_histograms, engine.backend, table, low[numbers], shift[numbers], bins, wide, owners)
+        for _, (touched, found) in engine.sweep(call, table, few=True):
+            for index, histogram in zip(touched.tolist(), found, strict=True):
+                counts[index] += histogram
+    return counts
 
-    def call(pieces: Array) -> tuple[Array, Integers]:
-        touched, groups = np.unique(owners[pieces[:, 0]], return_inverse=True)
-        return touched, engine.backend.magnitude_histogram(table, lows, shift, bins, wide, groups, pieces)
 
-    for _, (touched, found) in engine.sweep(call, table, few=True):
-        for owner, histogram in zip(touched.tolist(), found, strict=True):
-            search = searches[owner]
-            counts[search] = counts[search] + histogram if search in counts else histogram
+def _histograms(
+    backend: Backend, table: Table, low: Array, shift: Array, bins: int, wide: bool, owners: Array, pieces: Array
+) -> tuple[Array, Integers]:
+    """Make a histogram for each of the owners of these pieces."""
+    touched, groups = np.unique(owners[pieces[:, 0]], return_inverse=True)
+    return touched, backend.magnitude_histogram(table, low, shift, bins, wide, groups, pieces)
 
 
 # Norms of what is kept
@@ -289,12 +300,11 @@ def _count(
 
 def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
     plan = engine.plan
-    _need_base(plan)
     groups: defaultdict[Any, list[tuple[int, Any, tuple[Span, ...]]]] = defaultdict(list)
-    read = {number: [k for k in range(plan.models) if survey.read[k]] for number, survey in asked.items()}
+    read = {number: [k for k, wanted in enumerate(survey.read) if wanted] for number, survey in asked.items()}
     for number, survey in asked.items():
         kind = "random" if isinstance(survey.keep, AtRandom) else "magnitude"
-        for item in plan.scopes[number][1]:
+        for item in plan.scopes[number][1] if read[number] else ():
             spans = engine.spans[item.name]
             columns = (spans[-1], *(spans[k] for k in read[number]))
             table = Table([columns])
@@ -319,11 +329,6 @@ def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
 
 
 # What they share
-
-
-def _need_base(plan: Plan) -> None:
-    if not plan.has_base:
-        raise MergeError(f'{plan.method.name}: task vectors need a base; declare base="required" in @method')
 
 
 def _blocks(pieces: Array) -> Any:

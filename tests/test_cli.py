@@ -33,7 +33,7 @@ def test_methods_lists_every_method_within_80_columns() -> None:
     for name, method in mergekit_cl.methods().items():
         (row,) = re.findall(rf"^│ {name} +│.*?(?=^[├└])", result.stdout, re.MULTILINE | re.DOTALL)
         words = " ".join(" ".join(line.split("│")[2].strip() for line in row.splitlines() if "│" in line).split())
-        for parameter in method.parameters.values():
+        for parameter in method.shown.values():
             assert f"- {parameter}" in words
         assert method.paper in words.replace(" ", "")  # a long address is folded
         assert f"│ {method.base} " in row

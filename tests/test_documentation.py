@@ -25,7 +25,7 @@ def methods_table() -> str:
     """Write the README's table of methods from the registry."""
     rows = ["| method | | parameters | base | paper |", "| --- | --- | --- | --- | --- |"]
     for name, method in mergekit_cl.methods().items():
-        parameters = "<br>".join(f"`{parameter}`" for parameter in method.parameters.values())
+        parameters = "<br>".join(f"`{parameter}`" for parameter in method.shown.values())
         paper = method.paper.removeprefix("https://").removeprefix("arxiv.org/abs/")
         summary, base = method.summary.replace("``", "`"), method.base.replace("unused", "none")
         rows.append(f"| `{name}` | {summary} | {parameters} | {base} | [{paper}]({method.paper}) |")

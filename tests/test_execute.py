@@ -62,7 +62,7 @@ def test_a_survey_over_the_whole_model(backend: str) -> None:
 
 @pytest.mark.usefixtures("clipped_average")
 def test_bad_scope_and_missing_base() -> None:
-    with pytest.raises(MergeError, match='scope=\'layer\': must be "tensor" or "model"'):
+    with pytest.raises(MergeError, match="scope='layer': must be one of 'tensor', 'model'"):
         merge(MODELS, "clipped_average", base=BASE, limit=1, scope="layer")
 
     @method(paper="")

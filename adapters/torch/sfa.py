@@ -15,7 +15,18 @@ from mergekit_cl.models import open_model
 from mergekit_cl.registry import find
 
 _logger = logging.getLogger(__name__)
-_SETTINGS = ("method", "parameters", "seed", "p", "every", "total_steps", "step_count", "merges", "last_merge_step")
+_SETTINGS = (
+    "method",
+    "parameters",
+    "seed",
+    "p",
+    "every",
+    "total_steps",
+    "steps_before",
+    "step_count",
+    "merges",
+    "last_merge_step",
+)
 
 
 class SFA:
@@ -46,8 +57,8 @@ class SFA:
         anchor_dtype: A dtype for the anchor; that of each parameter by default.
         nonfinite: "error" reads the parameters once more at each merge, in search of NaN and infinities, before any of them is
             written. "allow" lets them through.
-        seed: For methods with random masks. The merge after step s has the seed ``seed + s``, so that masks are new each time,
-            and the same in a run that is repeated or resumed.
+        seed: For methods with random masks. A merge after s steps, counted over all tasks, has the seed ``(seed << 32) + s``:
+            masks are new each time, and the same in a run that is repeated or resumed.
         backend: As in `mergekit_cl.merge`.
         threads: As in `mergekit_cl.merge`.
         **parameters: Those of the method, as in `mergekit_cl.merge`: ``SFA(model, method="ties", density=0.2, every=100)``.
@@ -95,7 +106,9 @@ class SFA:
             self._source = _name(model_or_parameters)
         if beta is not None or method == "sfa":
             parameters["beta"] = 0.5 if beta is None else beta
-        self.method, self.parameters, self.seed = method, _check_parameters(method, parameters), seed
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise MergeError(f"SFA: seed={seed!r}: must be an integer")
+        self.method, self.parameters, self.seed = method, _check_parameters(method, parameters), int(seed)
         if p is not None and every is not None:
             raise MergeError("SFA: both p and every are given; pass one of them")
         self.p = 0.25 if p is None and every is None else p
@@ -108,7 +121,7 @@ class SFA:
         self._backend, self._threads = backend, threads
         self._hook: Any = None
         self._prepared: tuple[Any, Executor] | None = None
-        self.step_count = 0
+        self.steps_before = self.step_count = 0
         self.new_task(total_steps=total_steps)
 
     def new_task(self, total_steps: int | None = None) -> None:
@@ -122,9 +135,9 @@ class SFA:
 
         """
         schedule, anchor = _schedule(self.p, self._every, total_steps), self._capture()
-        self._executor(anchor, self._trainable())  # finds what cannot be merged before training, not in the middle of it
+        self._executor(anchor, self._trainable()).rehearse()  # finds what cannot be merged before training, not in its middle
         self.anchor = anchor
-        self._begin(schedule)
+        self._begin(schedule, self.steps_before + self.step_count)
 
     def step(self) -> bool:
         """Count a step of the optimizer, and merge if it is time to. Call it after ``optimizer.step()``.
@@ -178,7 +191,7 @@ class SFA:
         self.method, self.parameters, self.seed = state["method"], parameters, state["seed"]
         self.p = state["p"]
         self._every = None if self.p is not None else schedule.every
-        self._begin(schedule, state["step_count"], state["merges"], state["last_merge_step"])
+        self._begin(schedule, *(state[name] for name in ("steps_before", "step_count", "merges", "last_merge_step")))
 
     @property
     def beta(self) -> float:
@@ -213,8 +226,8 @@ class SFA:
             f"{len(self.anchor)} tensors)"
         )
 
-    def _begin(self, schedule: MergeSchedule, step: int = 0, merges: int = 0, last: int = 0) -> None:
-        self._schedule = schedule
+    def _begin(self, schedule: MergeSchedule, before: int, step: int = 0, merges: int = 0, last: int = 0) -> None:
+        self._schedule, self.steps_before = schedule, before
         self.step_count, self.merges, self.last_merge_step = step, merges, last
         self._prepared = None
 
@@ -263,7 +276,7 @@ class SFA:
             chosen, [current] if based else [anchor, current], anchor if based else None, current,
             backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters=self.parameters,
             labels=["current", "anchor"] if based else ["anchor", "current"], constant=frozenset({-1 if based else 0}),
-            seed=self.seed + self.step_count,
+            seed=(self.seed << 32) + self.steps_before + self.step_count,
         )  # fmt: skip
         beside = all(anchor[name] is kept[name] for name in current)
         self._prepared = (key, executor) if beside and executor.reads_in_place else None
@@ -345,7 +358,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
     missing = [name for name in (*_SETTINGS, "anchor") if name not in state]
     if missing:
         raise MergeError(f'SFA: the state lacks "{missing[0]}"; pass what SFA.state_dict() returned')
-    counters = ("step_count", "merges", "last_merge_step")
+    counters = ("steps_before", "step_count", "merges", "last_merge_step")
     wrong = [name for name in counters if not isinstance(state[name], int) or state[name] < 0]
     wrong += [
         name for name, kind in (("method", str), ("parameters", dict), ("seed", int)) if not isinstance(state[name], kind)

@@ -3,9 +3,9 @@
 from collections.abc import Generator, Sequence
 from typing import Annotated, Any, TypeAlias
 
-from mergekit_cl.merge_methods._trim import Rescale, factors, weights
+from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale, factors, weights
 from mergekit_cl.registry import Advice, Fraction, PerModel, each, method
-from mergekit_cl.steps import AtLeast, Combine, Consensus, Elect, KthMagnitude, Scope, Steps, Survey
+from mergekit_cl.steps import AtLeast, Consensus, KthMagnitude, Scope, Steps, Survey
 
 Density: TypeAlias = Annotated[PerModel[Fraction], Advice("the paper keeps 0.14 with gamma 0.01, and 0.9 for small models")]
 
@@ -32,9 +32,10 @@ def breadcrumbs(
     >>> merge([model], method="breadcrumbs", base=base, density=0.5, gamma=0.25)
     array([ 0., -3.,  2.,  0.], dtype=float32)
     """
+    parts = weights(weight, normalize)
     keep = yield from middle(scope, density, gamma, weight)
     rescaled = yield from factors(rescale, density, weight, keep)
-    return Consensus(weights(weight, normalize), keep, rescaled, scale=lambda_)
+    return Consensus(parts, keep, rescaled, scale=lambda_)
 
 
 @method(paper="https://arxiv.org/abs/2312.06795", base="required")
@@ -45,8 +46,8 @@ def breadcrumbs_ties(
     gamma: PerModel[Fraction] = each(0.01),
     weight: PerModel[float] = each(1.0),
     rescale: Rescale = None,
-    elect: Elect = "weighted",
-    combine: Combine = "sum",
+    elect: Electing = "weighted",
+    combine: Combining = "sum",
     lambda_: float = 1.0,
 ) -> Steps:
     """Drop the largest and the smallest entries of each task vector, and combine those that have the elected sign.

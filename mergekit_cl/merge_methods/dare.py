@@ -2,9 +2,9 @@
 
 from typing import Annotated, TypeAlias
 
-from mergekit_cl.merge_methods._trim import Rescale, factors, weights
+from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale, factors, weights
 from mergekit_cl.registry import Advice, Fraction, PerModel, each, method
-from mergekit_cl.steps import AtRandom, Combine, Consensus, Elect, Scope, Steps
+from mergekit_cl.steps import AtRandom, Consensus, Scope, Steps
 
 Density: TypeAlias = Annotated[PerModel[Fraction], Advice("the paper keeps between 0.1 and 0.5")]
 
@@ -31,9 +31,10 @@ def dare_linear(
     >>> merge([model], method="dare_linear", base=base, density=0.5, seed=1).tolist()  # 1 where dropped, else 1 + 2 / 0.5
     [1.0, 5.0, 5.0, 5.0, 1.0, 5.0, 5.0, 5.0]
     """
+    parts = weights(weight, normalize)
     keep = AtRandom(density, scope.seed)
     rescaled = yield from factors(rescale, density, weight, keep)
-    return Consensus(weights(weight, normalize), keep, rescaled, scale=lambda_)
+    return Consensus(parts, keep, rescaled, scale=lambda_)
 
 
 @method(paper="https://arxiv.org/abs/2311.03099", base="required")
@@ -43,8 +44,8 @@ def dare_ties(
     density: Density,
     weight: PerModel[float] = each(1.0),
     rescale: Rescale = "inverse_density",
-    elect: Elect = "weighted",
-    combine: Combine = "sum",
+    elect: Electing = "weighted",
+    combine: Combining = "sum",
     lambda_: float = 1.0,
 ) -> Steps:
     """Drop entries of each task vector at random, rescale the others, and combine those that have the elected sign.

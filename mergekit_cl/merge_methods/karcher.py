@@ -43,8 +43,9 @@ def karcher(
     >>> merge(models, method="karcher", weight=[1, 2])  # norm 4, two thirds of the way: cos(60°), sin(60°)
     array([2.       , 3.4641016], dtype=float32)
     """
+    part = np.array(normalized(weight, flag=None))
     gram = yield Gram()
-    return Sum(_weights(gram, np.array(normalized(weight, flag=None)), max_iter, tol).tolist())
+    return Sum(_weights(gram, part, max_iter, tol).tolist())
 
 
 def _weights(gram: Statistics, weight: Statistics, max_iter: int, tol: float) -> Statistics:

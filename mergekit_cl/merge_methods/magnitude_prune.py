@@ -25,6 +25,7 @@ def magnitude_prune(
     >>> merge([np.float32([4, -1, 2, 0])], method="magnitude_prune", base=np.float32([1, 1, 1, 1]), density=0.5)
     array([ 4., -1.,  1.,  1.], dtype=float32)
     """
+    parts = weights(weight, normalize)
     keep = yield from largest(scope, density, weight)
     rescaled = yield from factors(rescale, density, weight, keep)
-    return Consensus(weights(weight, normalize), keep, rescaled, scale=lambda_)
+    return Consensus(parts, keep, rescaled, scale=lambda_)

@@ -49,8 +49,9 @@ def multislerp(
     """
     if scope.models == 1:
         return Sum([1.0])
+    parts = np.array(normalized(weight, "normalize_weights") if normalize_weights else weight)
     gram = yield Gram(task_vectors=scope.has_base)
-    weights = _weights(gram, np.array(normalized(weight, "normalize_weights") if normalize_weights else weight), eps)
+    weights = _weights(gram, parts, eps)
     return Sum(weights.tolist(), base_weight=1 - fsum(weights) if scope.has_base else 0.0)
 
 

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from mergekit_cl.merge_methods._trim import Rescale, factors, largest
+from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale, factors, largest
 from mergekit_cl.registry import Advice, Fraction, PerModel, each, method
-from mergekit_cl.steps import Combine, Consensus, Elect, Scope, Steps
+from mergekit_cl.steps import Consensus, Scope, Steps
 
 
 @method(paper="https://arxiv.org/abs/2306.01708", base="required")
@@ -14,8 +14,8 @@ def ties(
     density: Annotated[PerModel[Fraction], Advice("the paper uses 0.2")],
     weight: PerModel[float] = each(1.0),
     rescale: Rescale = None,
-    elect: Elect = "weighted",
-    combine: Combine = "weight_mean",
+    elect: Electing = "weighted",
+    combine: Combining = "weight_mean",
     lambda_: float = 1.0,
 ) -> Steps:
     """Trim each task vector to its largest entries, elect a sign for every entry, average the entries that agree with it.

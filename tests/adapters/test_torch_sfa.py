@@ -381,7 +381,8 @@ def test_a_state_of_another_model_is_refused() -> None:
         sfa.load_state_dict(state)
     with pytest.raises(MergeError, match='lacks "anchor"'):
         sfa.load_state_dict({k: v for k, v in state.items() if k != "anchor"})
-    for name, value in [("step_count", "x"), ("merges", -1), ("anchor", [1]), ("p", 7.0), ("every", 0)]:
+    damaged: list[tuple[str, Any]] = [("step_count", "x"), ("merges", -1), ("anchor", [1]), ("p", 7.0), ("every", 0)]
+    for name, value in [*damaged, ("seed", 1.5), ("method", 3), ("parameters", [0.5])]:
         with pytest.raises(MergeError, match=name):
             sfa.load_state_dict({**sfa.state_dict(), name: value})
     spoiled = {name: torch.full_like(t, float("nan")) for name, t in sfa.anchor.items()}
@@ -421,12 +422,36 @@ def test_any_method_merges_the_anchor_and_the_present_weights(name: str) -> None
         if sfa.step():
             current, based = by_hand.state_dict(), chosen.base == "required"
             merged = merge(
-                [current] if based else [anchor, current], name, base=anchor if based else None, seed=5 + step, **parameters
+                [current] if based else [anchor, current],
+                name,
+                base=anchor if based else None,
+                seed=(5 << 32) + step,
+                **parameters,
             )
             by_hand.load_state_dict(merged)
     assert sfa.merges == 2
     assert equal(weights(model), weights(by_hand))
     assert not equal(weights(model), anchor)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "linear", "slerp", "ties"])
+def test_spoiled_weights_are_found_at_a_later_merge_too(name: str) -> None:
+    parameters = {p: v for p, v in REQUIRED.items() if p in methods()[name].parameters}
+    model = network()
+    sfa = SFA(model, method=name, every=1, **parameters)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    assert sfa.step()
+    before = weights(model)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r'step 2: nothing was merged\ncurrent, tensor "0.weight": 1 NaN'):
+        sfa.step()
+    after = weights(model)
+    assert after["0.weight"].isnan().sum() == 1
+    del before["0.weight"], after["0.weight"]
+    assert equal(after, before)
 
 
 def test_a_run_with_random_masks_resumes_bit_for_bit() -> None:
@@ -475,3 +500,46 @@ def test_a_run_with_random_masks_resumes_bit_for_bit() -> None:
 def test_bad_methods_and_parameters(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MergeError, match=message):
         SFA(network(), every=2, **options)
+
+
+def test_masks_are_new_at_every_merge_of_every_task() -> None:
+    weight = nn.Parameter(torch.zeros(256))
+    merged = []
+    sfa = SFA([weight], method="dare_linear", density=0.5, rescale=None, every=2, total_steps=4)
+    for _ in range(2):
+        for _ in range(4):
+            with torch.no_grad():
+                weight.fill_(1.0)
+            if sfa.step():
+                merged.append(weight.detach().clone())
+        with torch.no_grad():
+            weight.zero_()
+        sfa.new_task(4)
+    assert len(merged) == 4
+    assert all(not torch.equal(one, other) for i, one in enumerate(merged) for other in merged[:i])
+    assert sfa.state_dict()["steps_before"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "nuslerp", "nuslerp_flatten": False, "scope": "model"}, 'slices of a tensor need scope="tensor"'),
+        ({"method": "karcher", "weight": 0}, "weights sum to zero"),
+        ({"method": "linear", "weight": [1, -1]}, "weights sum to zero"),
+        ({"method": "multislerp", "weight": [1, -1]}, "normalize_weights=False"),
+        ({"method": "magnitude_prune", "density": 0.5, "weight": 0, "normalize": True}, "weights sum to zero"),
+        ({"method": "dare_ties", "density": 0.2, "seed": "x"}, "seed='x'"),
+    ],
+)
+def test_what_never_can_be_merged_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergeError, match=message):
+        SFA(network(), every=2, **options)
+
+
+def test_a_model_of_weight_zero_leaves_the_anchor() -> None:
+    weight = nn.Parameter(torch.ones(8))
+    sfa = SFA([weight], method="ties", density=0.2, weight=0, rescale="l1", every=1)
+    with torch.no_grad():
+        weight.fill_(3.0)
+    sfa.step()
+    assert (weight == 1).all()

@@ -1,5 +1,6 @@
 """ties, dare, breadcrumbs, magnitude_prune: by hand, beside mergekit, PEFT and the paper, and the statistics of masks."""
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -398,3 +399,47 @@ def test_a_model_of_weight_zero_is_not_read() -> None:
     for method, how in METHODS:
         result = merge([f32(1, 2, 3, 4), spoiled], method, base=ZERO, density=0.5, weight=[1, 0], **how)
         assert np.isfinite(result).all()
+
+
+def test_all_weights_zero_is_the_base() -> None:
+    base = f32(1, 2, -0.0, 4)
+    for method, how in METHODS:
+        if not how.get("normalize"):
+            models = [base + 1, base + 2]
+            assert merge(models, method, base=base, density=0.5, weight=0, **how).tobytes() == base.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"normalize": True}, 'unknown parameter of ties "normalize": combine: mergekit\'s normalize=True is "weight_mean"'),
+        ({"majority_sign_method": "total"}, 'majority_sign_method="total" is "unweighted"'),
+        ({"rescale": True}, "rescale=True: must be one of 'inverse_density', 'l1', None .mergekit's rescale=True is \"l1\""),
+        ({"rescale": False}, "its False None"),
+        ({"scoep": "model"}, 'did you mean "scope"'),
+        ({"density": 1e-320, "rescale": "inverse_density"}, "density=.*too small to multiply by 1 / density"),
+        ({"seed": "a"}, "seed='a': must be an integer"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": True}, "seed=True"),
+        ({"seed": None}, "seed=None"),
+    ],
+)
+def test_bad_parameters(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergeError, match=message):
+        merge([f32(1, 2)], "ties", base=f32(0, 0), **{"density": 0.5, **how})
+
+
+def test_memory_does_not_grow_with_the_number_of_tensors() -> None:
+    def peak(tensors: int) -> int:
+        rng = np.random.default_rng(0)
+        base = {f"w{i}": rng.standard_normal(40_000).astype(np.float32) for i in range(tensors)}
+        tuned = [{name: t + 1 for name, t in base.items()} for _ in range(2)]
+        merge(tuned, "ties", base=base, density=0.2, out=tuned[0])
+        tracemalloc.start()
+        merge(tuned, "ties", base=base, density=0.2, out=tuned[0], threads=1)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(50), peak(400)
+    assert many < few + (64 << 20)  # the histograms of 400 tensors would be 8 times those of 50
