@@ -125,7 +125,7 @@ TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
     "weighted_sum": ("weighted_sum of arrays of 64 Mi elements", _copy_columns),
     "torch": ("merge() of two tensors of 64 Mi elements, beside PyTorch", _race_columns),
     "state_dicts": ("merge() of state dicts, beside mergekit 0.1.5", _race_columns),
-    "methods": ("Merge methods on bfloat16 state dicts of 300 tensors, 64 Mi elements", _method_columns),
+    "methods": ("Merge methods on bfloat16 state dicts of 64 Mi elements", _method_columns),
     "accuracy": ("Errors in bfloat16, against the same merge in float64", _accuracy_columns),
     "sfa_step": ("A step of SFA on a PyTorch model", _race_columns),
     "first_call": ("The first call of a process", _first_call_columns),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any, TypeAlias
 
@@ -223,29 +223,31 @@ class Binder:
 
     def _add_consensus(self, item: Item, step: Consensus) -> None:
         plan, spans = self.plan, self.spans[item.name]
-        given = [step.weight, step.rescale, *lists(step.keep)]
-        if not plan.has_base or any(values is not None and len(values) != plan.models for values in given):
+        given = [step.weight, *([] if step.rescale is None else [step.rescale]), *lists(step.keep)]
+        if not plan.has_base or any(len(values) != plan.models for values in given):
             self._does_not_fit(step)
-        taking_part = [k for k, weight in enumerate(step.weight) if weight and not _keeps_nothing(step.keep, k)]
-        compute = Table([[spans[-1], *(spans[k] for k in taking_part)]]).compute
-        with np.errstate(over="ignore", under="ignore"):
-            taking_part = [k for k in taking_part if compute.type(step.weight[k]) and compute.type(step.scale)]
+        kept = tuple(k for k in range(plan.models) if not _keeps_nothing(step.keep, k))
+        compute = Table([[spans[-1], *(spans[k] for k in kept if step.weight[k])]]).compute
+        taking_part, finite = _taking_part(step.weight, step.rescale, step.scale, kept, compute)
+        if not finite:
+            self._check(np.nan, step, item)
         if not taking_part:
-            return self._add_sum(item, Sum([0.0] * plan.models, base_weight=1.0))
-        rescale = step.rescale or [1.0] * plan.models
+            self._add_sum(item, Sum([0.0] * plan.models, base_weight=1.0))
+            return
         kind = {AtRandom: "random", type(None): "all"}.get(type(step.keep), "magnitude")
+        if isinstance(step.keep, AtRandom) and all(step.keep.density[k] == 1 for k in taking_part):
+            kind = "all"
         models = [
-            (float(step.weight[k]), float(rescale[k]), _key(step.keep, item.name, k), _cuts(step.keep, k, compute))
+            (
+                step.weight[k],
+                1.0 if step.rescale is None else step.rescale[k],
+                _key(step.keep, item.name, k),
+                _cuts(step.keep, k, compute),
+            )
             for k in taking_part
         ]
-        if kind == "random" and all(step.keep.density[k] == 1 for k in taking_part):  # type: ignore[union-attr]
-            kind = "all"
-        with np.errstate(over="ignore"):
-            coefficients = np.array([[w * r, r, w] for w, r, *_ in models] + [[step.scale] * 3]).astype(compute)
-        self._check(coefficients, step, item)
         detail = _Detail(kind, models, float(step.scale))
         self._add(item, step, detail, (-1, *taking_part), _TaskVectorBatch, kind, step.elect, step.combine)
-        return None
 
     def _does_not_fit(self, step: Apply) -> None:
         name, plan = self.plan.method.name, self.plan
@@ -269,6 +271,19 @@ class _Detail:
     kind: Any
     models: list[Any]
     scale: float
+
+
+@lru_cache(1024)
+def _taking_part(
+    weight: tuple[float, ...], rescale: tuple[float, ...] | None, scale: float, kept: tuple[int, ...], compute: np.dtype[Any]
+) -> tuple[tuple[int, ...], bool]:
+    """Return which models a `Consensus` reads, and whether all of its coefficients are finite in the compute type."""
+    factor = np.ones(len(weight)) if rescale is None else np.array(rescale)
+    with np.errstate(all="ignore"):
+        weights, one = np.array(weight).astype(compute), np.float64(scale).astype(compute)
+        coefficients = np.concatenate([weights, (np.array(weight) * factor).astype(compute), factor.astype(compute)])
+    taking_part = tuple(k for k in kept if weights[k] and one)
+    return taking_part, bool(np.isfinite(coefficients.reshape(3, -1)[:, list(taking_part)]).all() and np.isfinite(one))
 
 
 def slices_of(item: Item, along: str) -> tuple[int, int]:
@@ -324,8 +339,8 @@ def _place(cut: Cut, compute: np.dtype[Any]) -> tuple[int, int]:
         return -1, 0
     with np.errstate(over="ignore"):
         value, share = compute.type(cut.magnitude), cut.share
-    if value != cut.magnitude:  # a float64 cut through float32 entries: none equals it
-        value, share = (np.nextafter(value, compute.type(0)) if value > cut.magnitude else value), 0.0
+    if float(value) != cut.magnitude:  # a float64 cut through float32 entries: none equals it
+        value, share = (np.nextafter(value, compute.type(0)) if float(value) > cut.magnitude else value), 0.0
     pattern, threshold = int(value.view(f"i{compute.itemsize}")), round(share * _HASHES)
     return (pattern - 1, 0) if threshold >= _HASHES else (pattern, threshold)
 

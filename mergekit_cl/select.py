@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-_SIGMAS = 6.0
+_SIGMAS = 4.0
 _MOST = np.iinfo(np.int64).max
 
 

@@ -26,7 +26,7 @@ SAMPLED = 1 << 15
 
 _RUN = 32  # neighbours that are sampled together: they lie in one or two lines of the cache
 _SAMPLE = (1 << 12, 1 << 18)
-_BINS = (1 << 9, 1 << 19)
+_BINS = (1 << 9, 1 << 12)  # for small and large scopes: they stay in cache, and two rounds of them resolve a sampled window
 _COUNTERS = 1 << 21  # in the histograms that there are at a time: 16 MiB, or those of one scope
 
 
@@ -203,10 +203,11 @@ def _guess(engine: Sweeps, searches: Sequence[_Search], ranks: Integers, wide: b
     """Look at a sample of the large scopes; return between which patterns the selections probably lie."""
     low, high = np.zeros_like(ranks), np.full_like(ranks, 2**63 - 1 if wide else 2**31 - 1)
     large = [search for search in searches if search.elements >= SAMPLED]
-    samples, sample_ranks, limits = [], [np.zeros(0, np.int64)], []
+    samples: list[_Search] = []
+    sample_ranks, limits = [np.zeros(0, np.int64)], []
     for search in large:
         selections = len(search.numbers)
-        sample = search.sample(sum(map(len, sample_ranks)) + np.arange(2 * selections))
+        sample = search.sample((samples[-1].numbers[-1] + 1 if samples else 0) + np.arange(2 * selections))
         if not sample.rows:
             continue
         sizes = (np.full(selections, size) for size in (search.elements, sample.elements))
@@ -233,8 +234,7 @@ def _select(
         if not searches or number == rounds:
             break
         for search, width in zip(searches, _largest(searches, high - low), strict=True):
-            most = min(_BINS[1], max(_BINS[0], 1 << (search.elements // 64).bit_length()))
-            search.bins = min(1 << width.bit_length(), most)
+            search.bins = min(1 << width.bit_length(), _BINS[search.elements >= 2 * _BINS[1]])
         for part in _parts(searches):
             numbers = np.concatenate([search.numbers for search in part])
             shift = np.zeros_like(low)
@@ -260,10 +260,12 @@ def _parts(searches: Sequence[_Search]) -> Iterable[list[_Search]]:
     """Cut a list of searches into parts with as many bins each, and histograms that do not take too much memory together."""
     for _, alike in groupby(sorted(searches, key=lambda search: search.bins), key=lambda search: search.bins):
         part: list[_Search] = []
+        counters = 0
         for search in alike:
-            if part and part[0].bins * sum(len(other.numbers) for other in (*part, search)) > _COUNTERS:
+            counters += search.bins * len(search.numbers)
+            if part and counters > _COUNTERS:
                 yield part
-                part = []
+                part, counters = [], search.bins * len(search.numbers)
             part.append(search)
         yield part
 

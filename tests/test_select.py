@@ -81,4 +81,4 @@ def test_the_guessed_ranks_enclose_the_rank(seed: int, part: float) -> None:
     first, last = (int(r[0]) for r in guess_ranks(np.array([rank]), np.array([values.size]), np.array([4096])))
     assert first < 1 or sample[first - 1] >= exact
     assert last > 4096 or sample[last - 1] <= exact
-    assert last - first < 12 * 32 + 5  # six standard deviations to each side, of at most sqrt(4096) / 2
+    assert last - first < 8 * 32 + 5  # four standard deviations to each side, of at most sqrt(4096) / 2

@@ -143,7 +143,7 @@ def magnitude_histogram(
     vectors = _TaskVectors(table, models)
     for group, piece in zip(groups, pieces, strict=True):
         found: list[list[Array]] = [[] for _ in range(models)]
-        for row, tile in _tiles(piece[None], BLOCK):
+        for row, tile in _tiles(piece[None], TILE):
             vectors.read(row, tile)
             for k, values in enumerate(vectors.values):
                 if not vectors.finite:
@@ -192,7 +192,7 @@ def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDAr
     vectors = _TaskVectors(table, how.scales.shape[1], how.scales.dtype)
     limit = min(largest_finite(table.dtypes[-1]), largest_finite(how.scales.dtype.name))
     with np.errstate(all="ignore"):
-        for row, tile in _tiles(pieces, BLOCK):
+        for row, tile in _tiles(pieces, TILE):
             out = table.spans[row][-1][tile]
             vectors.read(row, tile)
             finite = vectors.finite
@@ -213,9 +213,9 @@ class _TaskVectors:
     def __init__(self, table: Table, models: int, compute: Any = None) -> None:
         compute = np.dtype(compute or table.compute)
         self._spans, self._models = table.spans, models
-        self._numbers = np.empty((models + 3, BLOCK), compute)
-        self._truths = np.empty((models + 3, BLOCK), bool)
-        self._patterns = np.empty(BLOCK, f"i{compute.itemsize}")
+        self._numbers = np.empty((models + 3, TILE), compute)
+        self._truths = np.empty((models + 3, TILE), bool)
+        self._patterns = np.empty(TILE, f"i{compute.itemsize}")
 
     def read(self, row: int, tile: slice) -> None:
         """Read a tile of the base into ``base``, of the task vectors into ``values``; see whether these are ``finite``."""
@@ -278,7 +278,8 @@ class _TaskVectors:
         if how.elect == "unweighted":
             self._elect(how.votes[row])
         for value, scale in zip(self.values, how.scales[row], strict=True):
-            value *= scale
+            if scale != 1:
+                value *= scale
         if how.elect == "weighted":
             self._elect(np.ones_like(how.votes[row]))
         if how.elect is None:
@@ -304,10 +305,10 @@ class _TaskVectors:
         total, vote, positive, opposed = self._sum, self._scratch, self._positive, self._other
         total[:] = 0
         for value, weight in zip(self.values, votes, strict=True):
-            total += np.multiply(value, weight, out=vote)
+            total += value if weight == 1 else np.multiply(value, weight, out=vote)
         np.greater_equal(total, 0, out=positive)
         for value, weight, agree in zip(self.values, votes, self._agree, strict=True):
-            np.multiply(value, weight, out=vote)
+            vote = value if weight == 1 else np.multiply(value, weight, out=self._scratch)
             np.less_equal(vote, 0, out=opposed)
             np.greater_equal(vote, 0, out=agree)
             opposed &= positive
@@ -318,6 +319,12 @@ class _TaskVectors:
     def _divisor(self, shares: Array) -> Array:
         """Add up the shares of the models that agree, with 1 for 0."""
         divisor: Array = self._sum
+        if (shares == 1).all() and len(shares) < 256:
+            votes = self.mask.view(np.uint8)
+            votes[:] = 0
+            for agree in self._agree:
+                votes += agree
+            return cast(Array, np.maximum(votes, 1, out=votes))
         divisor[:] = 0
         for agree, share in zip(self._agree, shares, strict=True):
             divisor += np.multiply(agree, share, out=self._scratch)
