@@ -255,7 +255,7 @@ class _TaskVectors:
             if high <= _INFINITY[patterns.itemsize]:
                 kept &= np.less_equal(patterns, high, out=self._other)
             for upper, cut in enumerate((low, high)):
-                if keep.thresholds[row, k, upper] and cut <= _INFINITY[patterns.itemsize]:
+                if keep.thresholds[row, k, upper] and cut <= min(high, _INFINITY[patterns.itemsize]):
                     at = np.flatnonzero(np.equal(patterns, cut, out=self._other))
                     ties += [(k, bool(upper), at)] if at.size else []
         if ties:  # of all models together: NumPy's calls cost more than the arithmetic
