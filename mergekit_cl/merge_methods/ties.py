@@ -33,7 +33,7 @@ def ties(
     - ``rescale``: "l1" scales each trimmed task vector to the L1 norm that it had (mergekit, rescale: true),
       "inverse_density" by 1 / density; ``None`` leaves it.
 
-    A model of weight zero takes no part; one that equals the base changes nothing but, in a mean, no divisor either.
+    A model of weight zero takes no part. One that equals the base in an entry counts there neither in the sum nor in a divisor.
 
     >>> from mergekit_cl import merge
     >>> base, models = np.zeros(4, np.float32), [np.float32([4, -1, 0.5, 3]), np.float32([2, 3, 0.1, -5])]
