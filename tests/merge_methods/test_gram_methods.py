@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_cl import MergeError, merge
+from mergekit_cl.merge_methods._directions import agree
 
 Array: TypeAlias = npt.NDArray[Any]
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -236,3 +237,12 @@ def test_scaling_all_models_scales_the_result(seed: int, case: Case, scale: floa
     expected = case.merge(models, base)
     merged = case.merge([scale * model for model in models], scale * base)
     np.testing.assert_allclose(merged, scale * expected, atol=1e-6 * scale * np.abs(expected).max())
+
+
+def test_vectors_agree_to_a_millionth_of_their_norm() -> None:
+    ones = np.ones((3, 2, 2))
+    ones[1, 0, 1] += 5e-13  # |x - y|**2 = x.x - 2 x.y + y.y: a relative 1e-12 of the squares is 1e-6 of the norms
+    ones[2, 1, 1] += 2e-12
+    assert agree(4.0 * ones).tolist() == [True, True, False]
+    assert agree(np.zeros((2, 2)))
+    assert not agree(np.array([[1.0, -1.0], [-1.0, 1.0]]))
