@@ -44,7 +44,7 @@ def models() -> list[Array]:
     return [base, *((base + 0.2 * rng.standard_normal(ELEMENTS)).astype(ml_dtypes.bfloat16) for _ in range(3))]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", methods())  # a method that CASES lacks fails
 def test_error(benchmark: BenchmarkFixture, models: list[Array], name: str) -> None:
     mergekit = pytest.importorskip("mergekit.merge_methods.api")
     count, based, parameters, theirs = CASES[name]
@@ -82,7 +82,3 @@ def test_error(benchmark: BenchmarkFixture, models: list[Array], name: str) -> N
         }
         assert row["there: mean error, ulp"] <= row["there: mergekit's, ulp"]  # equal for linear: mergekit sums it in float32
     benchmark.extra_info.update(table="accuracy", case={"method": name}, errors=row)
-
-
-def test_every_method_is_in_the_table() -> None:
-    assert set(methods()) == set(CASES)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -111,26 +111,21 @@ class _SlicesBatch(Batch):
 
 
 class _TaskVectorBatch(Batch):
-    """Rows of `Consensus`; the details are what `_task_vectors` returns."""
+    """Rows of `Consensus`; the details are `_TaskVectorRow`."""
 
     copied = False
 
     def __init__(self, rows: list[Row], step: Consensus) -> None:
         super().__init__(rows, step)
-        models, scale = [d.models for d in self.details], [d.scale for d in self.details]
-        weights, rescale = (np.array([[m[i] for m in row] for row in models], np.float64) for i in (0, 1))
-        keep = Keep(
-            self.details[0].kind,
-            np.array([[m[2] for m in row] for row in models], np.uint32),
-            np.array([[[t for _, t in m[3]] for m in row] for row in models], np.int64),
-            np.array([[[p for p, _ in m[3]] for m in row] for row in models], np.int64),
+        weights, rescale, scale = (
+            np.array([getattr(detail, name) for detail in self.details], np.float64) for name in ("weights", "rescale", "scale")
         )
+        keep = keep_of_rows(self.details[0].kind, [detail.keep for detail in self.details])
         compute = self.inputs.compute
         with np.errstate(over="ignore"):
             self.how = TaskVectors(
                 keep, step.elect, step.combine,
-                (weights * rescale).astype(compute), rescale.astype(compute), weights.astype(compute),
-                np.array(scale, np.float64).astype(compute),
+                (weights * rescale).astype(compute), rescale.astype(compute), weights.astype(compute), scale.astype(compute),
             )  # fmt: skip
 
     def call(self, backend: Backend) -> Call:
@@ -168,9 +163,9 @@ class Binder:
         """Return the batches of all tensors that were added."""
         return [kind(rows, step) for (kind, *_), (step, rows) in self._groups.items()]
 
-    def add_copy(self, item: Item, source: int = 0) -> None:
+    def add_copy(self, item: Item) -> None:
         """Add a tensor that is the same in all models."""
-        self._add(item, None, None, (source,), Batch)
+        self._add(item, None, None, (0,), Batch)
 
     def add(self, item: Item, step: Apply) -> None:
         """Add a tensor with its apply step.
@@ -234,19 +229,16 @@ class Binder:
         if not taking_part:
             self._add_sum(item, Sum([0.0] * plan.models, base_weight=1.0))
             return
-        kind = {AtRandom: "random", type(None): "all"}.get(type(step.keep), "magnitude")
+        kind = kind_of(step.keep)
         if isinstance(step.keep, AtRandom) and all(step.keep.density[k] == 1 for k in taking_part):
             kind = "all"
-        models = [
-            (
-                step.weight[k],
-                1.0 if step.rescale is None else step.rescale[k],
-                _key(step.keep, item.name, k),
-                _cuts(step.keep, k, compute),
-            )
-            for k in taking_part
-        ]
-        detail = _Detail(kind, models, float(step.scale))
+        detail = _TaskVectorRow(
+            kind,
+            [step.weight[k] for k in taking_part],
+            [1.0 if step.rescale is None else step.rescale[k] for k in taking_part],
+            step.scale,
+            keep_for(step.keep, item, taking_part, compute),
+        )
         self._add(item, step, detail, (-1, *taking_part), _TaskVectorBatch, kind, step.elect, step.combine)
 
     def _does_not_fit(self, step: Apply) -> None:
@@ -264,13 +256,15 @@ class Binder:
         return (item.library.empty(item.like, item.dtype), False) if span is None else (span, True)
 
 
-@dataclass(frozen=True)
-class _Detail:
-    """A row of task vectors: for each model (weight, factor, key of its hashes, (pattern, threshold) of its two cuts)."""
+@dataclass(frozen=True, eq=False)
+class _TaskVectorRow:
+    """What a row of `Consensus` has of its own: of the models that take part weights, factors, and what `keep_for` returns."""
 
-    kind: Any
-    models: list[Any]
+    kind: Literal["all", "random", "magnitude"]
+    weights: list[float]
+    rescale: list[float]
     scale: float
+    keep: tuple[Array, Array, Array]
 
 
 @lru_cache(1024)
@@ -296,11 +290,22 @@ def slices_of(item: Item, along: str) -> tuple[int, int]:
     return elements // length, length
 
 
-def keep_for(keep: KeepStep, item: Item, models: Sequence[int], compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
+def keep_for(keep: KeepStep | None, item: Item, models: Sequence[int], compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
     """Return the keys, thresholds and cuts of one row of `mergekit_cl.kernels.Keep`, [models, 2] each."""
     keys = np.array([_key(keep, item.name, k) for k in models], np.uint32)
     cuts = np.array([_cuts(keep, k, compute) for k in models], np.int64)
     return keys, cuts[..., 1], cuts[..., 0]
+
+
+def keep_of_rows(kind: Literal["all", "random", "magnitude"], rows: Sequence[tuple[Array, Array, Array]]) -> Keep:
+    """Put what `keep_for` returned for each row of a table into one `mergekit_cl.kernels.Keep`."""
+    keys, thresholds, cuts = (np.array(parts) for parts in zip(*rows, strict=True))
+    return Keep(kind, keys, thresholds, cuts)
+
+
+def kind_of(keep: KeepStep | None) -> Literal["all", "random", "magnitude"]:
+    """Return the kind of a rule, as the kernels call it."""
+    return "all" if keep is None else "random" if isinstance(keep, AtRandom) else "magnitude"
 
 
 def lists(keep: KeepStep | None) -> list[Sequence[Any]]:

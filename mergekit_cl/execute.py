@@ -1,6 +1,6 @@
 """Runs a plan: surveys, reduces and applies over spans of memory. The one place that owns threads.
 
-The methods of all scopes run in lockstep. The surveys that they yield are carried out in one sweep, the sums are sent back
+The methods of all scopes run in lockstep. The surveys that they yield are carried out together, the sums are sent back
 in, and at the end every tensor's apply step joins a table of its kind, one kernel call for each. Work is cut into pieces at
 multiples of `mergekit_cl.kernels.BLOCK` elements; no result depends on the cut or on the number of threads.
 """
@@ -148,12 +148,8 @@ class Executor:
                     asked[number] = runs[number].send(reply)
                 except StopIteration as end:
                     steps[number] = end.value
-            replies = dict(self._survey(asked))
+            replies = carry_out(self, asked)
         return [steps[number] for number in range(len(runs))]
-
-    def _survey(self, asked: dict[int, Survey]) -> dict[int, Any]:
-        """Carry out the surveys of many scopes."""
-        return carry_out(self, asked)
 
     def sweep(
         self,

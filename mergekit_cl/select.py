@@ -2,8 +2,8 @@
 
 What is selected among are *patterns*, the bits of magnitudes as integers. A selection knows an interval that holds the
 pattern it looks for. In each round it is given the histogram of a window of that interval, and so a smaller one, until a
-single pattern is left. A first window that is taken from a sample is mostly so narrow that one round is enough; where it
-misses, the rounds that follow find the pattern all the same.
+single pattern is left. A first window that is taken from a sample saves most of the rounds; where it misses, those that
+follow find the pattern all the same.
 """
 
 from typing import TypeAlias
@@ -31,7 +31,7 @@ class Selection:
         self.low = np.zeros_like(ranks)
         self.high = np.full_like(ranks, 2**bits - 1)
         self.before = np.zeros_like(ranks)
-        """Entries larger than the interval."""
+        """Entries larger than the interval, where the last histogram had it inside its window."""
         self.equal = np.full_like(ranks, -1)
         """Entries in the interval where it is a single pattern; -1 where that is not known."""
 
@@ -70,7 +70,7 @@ class Selection:
         self.low[which] = np.where(inside, start, np.where(above, last + 1, self.low[which]))
         narrowed = np.where(inside, end, np.where(below, low - 1, _MOST))
         self.high[which] = np.minimum(narrowed, self.high[which])
-        self.before[which] = np.where(inside, at_least[rows, at + 1], np.where(below, at_least[:, 0], self.before[which]))
+        self.before[which] = at_least[rows, at + 1]
         self.equal[which] = np.where(inside & (shift == 0), counts[rows, at], -1)
 
 

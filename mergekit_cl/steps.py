@@ -224,8 +224,8 @@ class KthMagnitude:
     """Survey: cuts through the entries of task vectors; for each of ``ranks`` a list of `Cut`, one for each model, comes back.
 
     One of ``ranks`` has an integer in [0, scope.elements] for each model: so many entries lie before the cut. Or ``None``, for
-    a model that is not to be read. Exact, by radix selection on the bits of the magnitudes, without a sort, in one sweep or
-    two over all models. Of entries that equal the cut, the share makes the rank right in expectation.
+    a model that is not to be read. Exact, by radix selection on the bits of the magnitudes, without a sort: for large scopes
+    mostly in two sweeps over all models. Of entries that equal the cut, the share makes the rank right in expectation.
     """
 
     ranks: Sequence[Sequence[int | None]]

@@ -1,4 +1,4 @@
-"""Carries out surveys: one sweep over the tensors of many scopes, and the sums of what comes back."""
+"""Carries out surveys: sweeps over the tensors of many scopes together, and the sums of what comes back."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +11,12 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_cl.batches import keep_for, lists, slices_of
+from mergekit_cl.batches import keep_for, keep_of_rows, kind_of, lists, slices_of
 from mergekit_cl.errors import MergeError
-from mergekit_cl.kernels import BLOCK, Array, Backend, Keep, Slices, Span, Table
+from mergekit_cl.kernels import BLOCK, Array, Backend, Slices, Span, Table
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.select import Integers, Selection, guess_ranks, shift_for
-from mergekit_cl.steps import FIRST, LAST, AtRandom, Cut, Gram, KeptMagnitude, KthMagnitude, Statistics, Survey
+from mergekit_cl.steps import FIRST, LAST, Cut, Gram, KeptMagnitude, KthMagnitude, Statistics, Survey
 
 Asked: TypeAlias = Mapping[int, Any]
 """Surveys by the number of the scope that asks."""
@@ -44,7 +44,6 @@ class Sweeps(Protocol):
         slices: Slices | None = None,
         *,
         few: bool = False,
-        backwards: bool = False,
     ) -> Iterable[tuple[Array, Any]]:
         """Call a kernel for all pieces of a table, in threads; yield each share of pieces with its result."""
 
@@ -305,18 +304,16 @@ def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
     groups: defaultdict[Any, list[tuple[int, Any, tuple[Span, ...]]]] = defaultdict(list)
     read = {number: [k for k, wanted in enumerate(survey.read) if wanted] for number, survey in asked.items()}
     for number, survey in asked.items():
-        kind = "random" if isinstance(survey.keep, AtRandom) else "magnitude"
         for item in plan.scopes[number][1] if read[number] else ():
             spans = engine.spans[item.name]
             columns = (spans[-1], *(spans[k] for k in read[number]))
             table = Table([columns])
             rule = keep_for(survey.keep, item, read[number], table.compute)
-            groups[kind, table.dtypes].append((number, rule, columns))
+            groups[kind_of(survey.keep), table.dtypes].append((number, rule, columns))
     sums: defaultdict[int, list[Statistics]] = defaultdict(list)
     for (kind, _), members in groups.items():
         table = Table([columns for *_, columns in members])
-        keys, thresholds, cuts = (np.array([rule[i] for _, rule, _ in members]) for i in range(3))
-        keep = Keep(kind, keys, thresholds, cuts)
+        keep = keep_of_rows(kind, [rule for _, rule, _ in members])
         for pieces, blocks in engine.sweep(partial(engine.backend.kept_magnitude, table, keep), table):
             owners = np.repeat(pieces[:, 0], _blocks(pieces))
             for row in np.unique(owners):

@@ -264,7 +264,6 @@ class SFA:
         # the masks of a method that draws some are new at every step
         key = [
             self.parameters,
-            self.method,
             chosen.surveys and self.step_count,
             *((name, p.data_ptr(), p.dtype, p.device, p.stride()) for name, p in current.items()),
         ]

@@ -5,7 +5,6 @@ from math import isfinite
 from typing import Annotated, Any, Literal, TypeAlias
 
 from mergekit_cl.errors import MergeError
-from mergekit_cl.merge_methods.linear import normalized
 from mergekit_cl.registry import Advice
 from mergekit_cl.steps import AtLeast, Combine, Cut, Elect, Keep, KeptMagnitude, KthMagnitude, Scope, Survey
 
@@ -41,8 +40,3 @@ def factors(
         return [1 / d if d else 1.0 for d in density]
     norms = yield KeptMagnitude(keep, [w != 0 for w in weight])
     return [everything / rest if rest else 1.0 for everything, rest in norms.tolist()]
-
-
-def weights(weight: Sequence[float], normalize: bool) -> Sequence[float]:
-    """Divide the weights by their sum, if they are to be normalised."""
-    return normalized(weight) if normalize else weight

@@ -3,7 +3,8 @@
 from collections.abc import Generator, Sequence
 from typing import Annotated, Any, TypeAlias
 
-from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale, factors, weights
+from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale, factors
+from mergekit_cl.merge_methods.linear import normalized
 from mergekit_cl.registry import Advice, Fraction, PerModel, each, method
 from mergekit_cl.steps import AtLeast, Consensus, KthMagnitude, Scope, Steps, Survey
 
@@ -32,7 +33,7 @@ def breadcrumbs(
     >>> merge([model], method="breadcrumbs", base=base, density=0.5, gamma=0.25)
     array([ 0., -3.,  2.,  0.], dtype=float32)
     """
-    parts = weights(weight, normalize)
+    parts = normalized(weight) if normalize else weight
     keep = yield from middle(scope, density, gamma, weight)
     rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(parts, keep, rescaled, scale=lambda_)

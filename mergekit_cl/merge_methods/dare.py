@@ -2,7 +2,8 @@
 
 from typing import Annotated, TypeAlias
 
-from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale, factors, weights
+from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale, factors
+from mergekit_cl.merge_methods.linear import normalized
 from mergekit_cl.registry import Advice, Fraction, PerModel, each, method
 from mergekit_cl.steps import AtRandom, Consensus, Scope, Steps
 
@@ -31,7 +32,7 @@ def dare_linear(
     >>> merge([model], method="dare_linear", base=base, density=0.5, seed=1).tolist()  # 1 where dropped, else 1 + 2 / 0.5
     [1.0, 5.0, 5.0, 5.0, 1.0, 5.0, 5.0, 5.0]
     """
-    parts = weights(weight, normalize)
+    parts = normalized(weight) if normalize else weight
     keep = AtRandom(density, scope.seed)
     rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(parts, keep, rescaled, scale=lambda_)

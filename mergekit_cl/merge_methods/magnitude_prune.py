@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from mergekit_cl.merge_methods._trim import Rescale, factors, largest, weights
+from mergekit_cl.merge_methods._trim import Rescale, factors, largest
+from mergekit_cl.merge_methods.linear import normalized
 from mergekit_cl.registry import Advice, Fraction, PerModel, each, method
 from mergekit_cl.steps import Consensus, Scope, Steps
 
@@ -25,7 +26,7 @@ def magnitude_prune(
     >>> merge([np.float32([4, -1, 2, 0])], method="magnitude_prune", base=np.float32([1, 1, 1, 1]), density=0.5)
     array([ 4., -1.,  1.,  1.], dtype=float32)
     """
-    parts = weights(weight, normalize)
+    parts = normalized(weight) if normalize else weight
     keep = yield from largest(scope, density, weight)
     rescaled = yield from factors(rescale, density, weight, keep)
     return Consensus(parts, keep, rescaled, scale=lambda_)
