@@ -288,6 +288,20 @@ def test_a_mask_depends_on_the_name_the_model_and_the_index_alone() -> None:
     assert np.array_equal(fortran["b"].reshape(-1), both["b"])
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba", "triton"])
+def test_models_merged_together_have_the_masks_that_they_have_alone(backend: str) -> None:
+    base, models = np.zeros(1000, np.float32), [np.full(1000, 2.0**k, np.float32) for k in range(3)]
+    how: dict[str, Any] = {"density": 0.5, "rescale": None, "backend": backend}
+    alone = [merge(models, "dare_linear", base=base, weight=one_hot, **how) for one_hot in np.eye(3)]
+    together = merge(models, "dare_linear", base=base, **how)
+    assert np.array_equal(together, sum(alone))
+    assert len(set(together.tolist())) == 8
+    # of entries that equal the cut, too
+    pruned = merge(models, "magnitude_prune", base=base, **how)
+    one_by_one = [merge(models, "magnitude_prune", base=base, weight=one_hot, **how) for one_hot in np.eye(3)]
+    assert np.array_equal(pruned, sum(one_by_one))
+
+
 @pytest.mark.parametrize("rescale", ["inverse_density", "l1"])
 def test_the_mean_over_seeds_is_the_unpruned_merge(rescale: str) -> None:
     base, models = random_models((200,), 2)
