@@ -58,7 +58,7 @@ class Table:
     @cached_property
     def compute(self) -> np.dtype[Any]:
         """The type that these columns are computed in."""
-        return compute_dtype(self.dtypes)
+        return _compute_dtype(self.dtypes)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -276,6 +276,7 @@ class Backend(Protocol):
 
 
 _dtype_name = cache(dtype_name)
+_compute_dtype = cache(compute_dtype)
 
 
 def address(span: Span) -> int:

@@ -6,7 +6,7 @@
 
 from mergekit_cl import merge_methods as _registers_the_built_in_methods  # noqa: F401
 from mergekit_cl.api import merge
-from mergekit_cl.errors import BackendError, MergeError, MismatchError, NonFiniteError, UnknownNameError
+from mergekit_cl.errors import BackendError, CheckpointError, MergeError, MismatchError, NonFiniteError, UnknownNameError
 from mergekit_cl.registry import Advice, Between, Fraction, PerModel, each, method, methods
 from mergekit_cl.steps import (
     AtLeast,
@@ -28,6 +28,7 @@ __all__ = [
     "AtRandom",
     "BackendError",
     "Between",
+    "CheckpointError",
     "Consensus",
     "Cut",
     "Fraction",

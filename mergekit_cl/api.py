@@ -2,15 +2,25 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_cl import kernels
 from mergekit_cl.dtypes import EXACT, output_dtype
-from mergekit_cl.errors import MergeError, NonFiniteError, unknown
+from mergekit_cl.errors import Faults, MergeError, MismatchError, NonFiniteError, listing, unknown
 from mergekit_cl.execute import Advance, Executor
-from mergekit_cl.models import Model, open_model, tensor
+from mergekit_cl.globs import Globs, check_globs
+from mergekit_cl.globs import chosen as chosen_names
+from mergekit_cl.memory import parse_size
+from mergekit_cl.models import Leaf, Model, copied, open_model, tensor
 from mergekit_cl.plan import plan
 from mergekit_cl.registry import Method, find
+
+if TYPE_CHECKING:
+    from mergekit_cl.file_merge import AdapterMerge, FileMerge
+
+ADAPTER_METHODS = ("cat", "svd")
+"""The ways to merge LoRA adapters of one base into one adapter."""
 
 
 def merge(
@@ -25,12 +35,19 @@ def merge(
     seed: int = 0,
     threads: int | None = None,
     progress: bool = False,
+    only: Globs = None,
+    exclude: Globs = None,
+    memory: int | str = "512MB",
+    shard_size: int | str = "50GB",
+    overwrite: bool = False,
+    verify: bool = True,
     **parameters: Any,
 ) -> Any:
     """Merge models into one.
 
-    A model is an array (NumPy, PyTorch, JAX), a mapping from names to arrays, a ``torch.nn.Module``, or a JAX pytree such as
-    Flax parameters or an ``nnx.State``. All models have the same tensors: names, shapes, and whether they are floating.
+    A model is an array (NumPy, PyTorch, JAX), a mapping from names to arrays, a ``torch.nn.Module``, a JAX pytree such as
+    Flax parameters or an ``nnx.State``; or the path of a checkpoint: a safetensors file, or a folder as transformers writes it
+    (or its id on the Hugging Face Hub). All models have the same tensors: names, shapes, and whether they are floating.
     Floating tensors are merged in float32 (float64 where one of them is) and rounded once. Integers and booleans are copied
     where all models agree. Tensors that are tied in every model are merged once and stay tied.
 
@@ -38,7 +55,10 @@ def merge(
         models: The models, in the order that the method gives a meaning to (sfa: oldest first).
         method: Name of a merge method; `mergekit_cl.methods` lists them.
         base: The model that the others were fine-tuned from, for methods that have a use for it.
-        out: Where to write the result: a model of any kind that can be written. It may be one of ``models``, or the base.
+        out: Where to write the result: a model of any kind that can be written; it may be one of ``models``, or the base. Or
+            the path of a new checkpoint: a folder, or a file that ends in ".safetensors". Then no model need fit into memory,
+            and the complete, verified checkpoint is there at the end, or nothing is; a merge that was killed goes on where it
+            stopped when it is called again.
         backend: "numpy", "numba", "triton", or "auto": numba on a CPU, triton on a GPU. All give the same bits.
         out_dtype: The dtype of all floating results: a name ("bfloat16"), or a dtype of any framework. Without it every
             result has the dtype that its tensor has in the first model (or in ``out``).
@@ -47,35 +67,89 @@ def merge(
         seed: For methods with random masks: an integer.
         threads: Threads on the CPU; all processors by default. The result does not depend on it.
         progress: Whether to show a progress bar.
+        only: Globs on the names of tensors (``*`` also matches dots): what is merged. The rest is copied from the base, or from
+            the first model.
+        exclude: Globs: what is not merged.
+        memory: Bytes that a merge into a checkpoint may allocate, beside what the process has: a number, "512MB", "2GiB".
+        shard_size: Bytes of a file of a checkpoint, at most.
+        overwrite: Whether a checkpoint that exists is replaced, as a whole, once the new one is complete.
+        verify: Whether a new checkpoint is read back and compared with the checksums of what was computed.
         **parameters: The method's own parameters. A per-model parameter is a number, or a list with one for each model.
 
     Returns:
-        The result, of the kind of the first model and on its device; or ``out``, written in place. The models are never
-        changed (unless they are ``out``).
+        The result, of the kind of the first model and on its device (a dictionary of NumPy arrays where that is a checkpoint);
+        or ``out``: the model that was written in place, or the path. The models are never changed (unless they are ``out``).
 
     Raises:
         UnknownNameError: No such method, parameter, backend or dtype.
         MismatchError: The models do not have the same tensors, or are on different devices.
         NonFiniteError: NaN or Inf in an input, or an overflow; nothing was written into ``out``.
         BackendError: The backend is not installed, or does not reach the tensors.
+        CheckpointError: A file is damaged or missing, or cannot be written. Nothing is at the path of ``out`` then.
         MergeError: Anything else that is wrong with the input; the base of all of these.
 
     >>> merge([{"w": np.float32([0, 4])}, {"w": np.float32([2, 4])}], method="sfa", beta=0.25)
     {'w': array([1.5, 4. ], dtype=float32)}
 
     """
-    chosen = find(method)
-    executor, target = prepare(
-        chosen, models, base, out,
+    if isinstance(out, str | Path):
+        writing = prepare_files(
+            models,
+            method,
+            base=base,
+            out=out,
+            out_dtype=out_dtype,
+            seed=seed,
+            only=only,
+            exclude=exclude,
+            parameters=parameters,
+        )
+        _check_options(backend, nonfinite, threads)
+        with _progress_bar(writing.elements, method) if progress else nullcontext(lambda _: None) as advance, _advised():
+            writing.run(
+                overwrite=overwrite, verify=verify, shard_size=parse_size(shard_size, "shard_size"), backend=backend,
+                threads=threads, nonfinite=nonfinite, memory=parse_size(memory, "memory"), advance=advance,
+            )  # fmt: skip
+        return out
+    executor, target, kept = _prepare(
+        find(method), models, base, out,
         backend=backend, out_dtype=out_dtype, nonfinite=nonfinite, seed=seed, threads=threads, parameters=parameters,
+        only=only, exclude=exclude,
     )  # fmt: skip
-    with _progress_bar(executor.elements, method) if progress else nullcontext(lambda _: None) as advance:
-        try:
-            merged = executor.run(advance)
-        except NonFiniteError as error:
-            advice = 'repair or leave out what is not finite, or pass nonfinite="allow" to merge it as it is'
-            raise NonFiniteError(f"{error}\n{advice}") from None
+    with _progress_bar(executor.elements, method) if progress else nullcontext(lambda _: None) as advance, _advised():
+        merged = executor.run(advance)
+    merged |= {name: copied(leaf, target.leaves[name], in_place=executor.plan.in_place) for name, leaf in kept.items()}
     return target.rebuild(merged) if out is None else out
+
+
+def prepare_files(
+    models: Sequence[Any],
+    method: str = "sfa",
+    *,
+    base: Any = None,
+    out: str | Path,
+    out_dtype: Any = None,
+    seed: int = 0,
+    only: Globs = None,
+    exclude: Globs = None,
+    parameters: Mapping[str, Any],
+) -> "FileMerge | AdapterMerge":
+    """Prepare a merge into files from arguments of `merge`: read headers, and find what is wrong. Nothing is written."""
+    from mergekit_cl.file_merge import prepare_adapters, prepare_models
+
+    dtype = None if out_dtype is None else output_dtype(out_dtype)
+    if method in ADAPTER_METHODS:
+        if base is not None:
+            raise MergeError(f"{method} merges adapters of one base into an adapter; leave base= away")
+        return prepare_adapters(models, method, Path(out), parameters=parameters, out_dtype=dtype)
+    chosen = find(method)
+    _check_counts(chosen, models, base)
+    _check_seed(seed)
+    opened, opened_base, labels = _open(models, base)
+    return prepare_models(
+        chosen, opened, opened_base, Path(out),
+        labels=labels, parameters=parameters, out_dtype=dtype, seed=int(seed), only=only, exclude=exclude,
+    )  # fmt: skip
 
 
 def prepare(
@@ -97,28 +171,53 @@ def prepare(
 
     Arguments are those of `merge`; ``labels`` name the models and the base in messages, ``constant`` is for `Executor`.
     """
+    executor, target, _ = _prepare(
+        method, models, base, out, backend=backend, out_dtype=out_dtype, nonfinite=nonfinite, seed=seed, threads=threads,
+        parameters=parameters, labels=labels, constant=constant,
+    )  # fmt: skip
+    return executor, target
+
+
+def _prepare(
+    method: Method,
+    models: Sequence[Any],
+    base: Any,
+    out: Any,
+    *,
+    backend: str,
+    out_dtype: Any,
+    nonfinite: Any,
+    seed: int,
+    threads: int | None,
+    parameters: Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+    constant: frozenset[int] = frozenset(),
+    only: Globs = None,
+    exclude: Globs = None,
+) -> tuple[Executor, Model, dict[str, Leaf]]:
+    """As `prepare`; also return what is not merged but copied."""
     _check_counts(method, models, base)
-    if nonfinite not in ("error", "allow"):
-        raise MergeError(f'nonfinite={nonfinite!r}: must be "error" or "allow"')
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise MergeError(f"seed={seed!r}: must be an integer")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise MergeError(f"threads={threads!r}: must be a whole number, at least 1")
-    if backend not in ("auto", *kernels.BACKENDS):
-        raise unknown("backend", backend, ["auto", *kernels.BACKENDS])
+    _check_options(backend, nonfinite, threads)
+    _check_seed(seed)
     dtype = None if out_dtype is None else output_dtype(out_dtype)
-    names = list(labels or [f"model {index}" for index in range(len(models))])
-    opened = [open_model(model, name) for model, name in zip(models, names, strict=False)]
-    opened_base = None
-    if base is not None:
-        names = [*names, "base"] if len(names) == len(models) else names
-        opened_base = open_model(base, names[-1])
+    opened, opened_base, names = _open(models, base, labels)
     target = opened[0]
     if out is not None:
         target = open_model(out, "out")
         _check_out_dtype(target, dtype)
     elif target.own_copy is not None:
         target = target.own_copy(dtype)
+    kept = {}
+    whole = target
+    if only is not None or exclude is not None:
+        donor = opened[0] if opened_base is None else opened_base
+        rule = chosen_names(only, exclude)
+        check_globs(only, exclude, donor.layout)
+        kept = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
+        _check_kept(donor, target, kept, out is not None or opened[0].own_copy is not None)
+        opened = [model.restricted(rule) for model in opened]
+        opened_base = None if opened_base is None else opened_base.restricted(rule)
+        target = target.restricted(rule)
     planned = plan(
         method,
         opened,
@@ -131,7 +230,63 @@ def prepare(
         in_place=out is not None or opened[0].own_copy is not None,
         check_first=out is not None,
     )
-    return Executor(planned, backend=backend, threads=threads, nonfinite=nonfinite, constant=constant), target
+    return Executor(planned, backend=backend, threads=threads, nonfinite=nonfinite, constant=constant), whole, kept
+
+
+def _open(models: Sequence[Any], base: Any, labels: Sequence[str] | None = None) -> tuple[list[Model], Model | None, list[str]]:
+    """Open the models and the base; name them as the caller does, those on disk by their path, others by their number."""
+    names = list(labels or [_label(model, f"model {index}") for index, model in enumerate(models)])
+    if base is not None and len(names) == len(models):
+        names.append(_label(base, "base"))
+    opened: list[Model] = []
+    faults = Faults()
+    for model, name in zip([*models, *([] if base is None else [base])], names, strict=True):
+        with faults:
+            opened.append(open_model(model, name))
+    faults.report()
+    return (opened, None, names) if base is None else (opened[:-1], opened[-1], names)
+
+
+def _label(model: Any, otherwise: str) -> str:
+    return str(model) if isinstance(model, str | Path) else otherwise
+
+
+def _check_options(backend: str, nonfinite: Any, threads: int | None) -> None:
+    if nonfinite not in ("error", "allow"):
+        raise MergeError(f'nonfinite={nonfinite!r}: must be "error" or "allow"')
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise MergeError(f"threads={threads!r}: must be a whole number, at least 1")
+    if backend not in ("auto", *kernels.BACKENDS):
+        raise unknown("backend", backend, ["auto", *kernels.BACKENDS])
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise MergeError(f"seed={seed!r}: must be an integer")
+
+
+def _check_kept(donor: Model, target: Model, kept: Mapping[str, Leaf], in_place: bool) -> None:
+    """Refuse to copy a tensor to where it does not fit."""
+    problems = [
+        f"{tensor(name)}: is not merged but copied, and does not fit into the result: shape {donor.layout[name].shape}, "
+        f"{donor.layout[name].dtype}, to {'nothing' if there is None else f'shape {there.shape}, {there.dtype}'}"
+        for name in kept
+        if (there := target.layout.get(name)) is None
+        or there.shape != donor.layout[name].shape
+        or (in_place and there.dtype != donor.layout[name].dtype)
+    ]
+    if problems:
+        raise MismatchError(listing(problems))
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Say what to do about NaN."""
+    try:
+        yield
+    except NonFiniteError as error:
+        advice = 'repair or leave out what is not finite, or pass nonfinite="allow" to merge it as it is'
+        raise NonFiniteError(f"{error}\n{advice}") from None
 
 
 @contextmanager

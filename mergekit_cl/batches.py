@@ -1,8 +1,8 @@
 """Apply steps bound to memory: each tensor is a row, and the rows that one kernel call takes together are a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, TypeAlias
 
@@ -16,8 +16,8 @@ from mergekit_cl.plan import Item, Plan
 from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Sum, SumOfSlices
 from mergekit_cl.steps import Keep as KeepStep
 
-Call: TypeAlias = Callable[[Array], npt.NDArray[np.bool_] | bool]
-"""Computes pieces of a table; returns for each of its rows whether a result is not finite."""
+Call: TypeAlias = Callable[[Table, Array], npt.NDArray[np.bool_] | bool]
+"""Computes pieces of a table (or of windows into it); returns for each of its rows whether a result is not finite."""
 
 _HASHES = 2**32
 
@@ -60,8 +60,8 @@ class Batch:
         return type(self)(rows, self.step)
 
     def call(self, backend: Backend) -> Call:  # noqa: ARG002
-        """Return the kernel call, but for the pieces."""
-        return partial(_copy, self.table)
+        """Return the kernel call, but for the memory and the pieces."""
+        return _copy
 
     def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Bound all numbers that are computed, float64 [rows], from the largest magnitudes of the inputs [rows, inputs]."""
@@ -79,7 +79,7 @@ class _SumBatch(Batch):
         self.weights = np.array([terms.weights for terms in self.details], self.inputs.compute)
 
     def call(self, backend: Backend) -> Call:
-        return partial(backend.weighted_sum, self.table, self.weights, self.about)
+        return lambda table, pieces: backend.weighted_sum(table, self.weights, self.about, pieces)
 
     def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         spread = largest[:, self.about :] + (largest[:, :1] if self.about else 0.0)
@@ -102,7 +102,7 @@ class _SlicesBatch(Batch):
         self._largest_weights = [np.abs(w).max(axis=0, initial=0).astype(np.float64) for w in weights]
 
     def call(self, backend: Backend) -> Call:
-        return partial(backend.weighted_sum_of_slices, self.table, self.weights, self.references, self.slices)
+        return lambda table, pieces: backend.weighted_sum_of_slices(table, self.weights, self.references, self.slices, pieces)
 
     def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         spread = largest + largest.max(axis=1, keepdims=True)
@@ -129,7 +129,7 @@ class _TaskVectorBatch(Batch):
             )  # fmt: skip
 
     def call(self, backend: Backend) -> Call:
-        return partial(backend.task_vector_merge, self.table, self.how)
+        return lambda table, pieces: backend.task_vector_merge(table, self.how, pieces)
 
     def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         how = self.how
@@ -150,10 +150,18 @@ class Binder:
         plan: The plan.
         spans: The inputs of each tensor, by its name: the models in their order, then the base.
         finite: Whether coefficients that are not finite are errors.
+        outputs: Makes the span that a tensor is written to; without it that is the target's memory, or new memory.
 
     """
 
-    def __init__(self, plan: Plan, spans: dict[str, tuple[Span, ...]], finite: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        spans: Mapping[str, tuple[Span, ...]],
+        finite: bool,
+        outputs: Callable[[Item], Span] | None = None,
+    ) -> None:
+        self.outputs = outputs
         self.plan = plan
         self.spans = spans
         self.finite = finite
@@ -252,6 +260,8 @@ class Binder:
 
     def _output(self, item: Item) -> tuple[Span, bool]:
         """Memory to write a result to, and whether it is that of the target."""
+        if self.outputs is not None:
+            return self.outputs(item), True
         span = item.library.writable(item.like) if self.plan.in_place else None
         return (item.library.empty(item.like, item.dtype), False) if span is None else (span, True)
 

@@ -53,15 +53,21 @@ def compute_dtype(dtypes: Iterable[str]) -> np.dtype[Any]:
 
 def check_mergeable(dtype: str, where: str) -> None:
     """Refuse a tensor that is neither floating, integer nor boolean."""
+    if fault := unmergeable(dtype):
+        raise MergeError(f"{where}: {fault}")
+
+
+def unmergeable(dtype: str) -> str:
+    """Say why a dtype cannot be merged; nothing where it can."""
     if dtype in type_of or dtype in EXACT:
-        return
+        return ""
     if dtype.startswith("complex"):
         advice = "merge its real and imaginary parts as two tensors"
     elif dtype.startswith(("float8", "float4", "float6", "int", "uint", "q")):
         advice = "dequantise it to float32 or bfloat16 first"
     else:
         advice = "convert it to one of these, or leave it out"
-    raise MergeError(f"{where}: dtype {dtype} cannot be merged (only {', '.join(type_of)}); {advice}")
+    return f"dtype {dtype} cannot be merged (only {', '.join(type_of)}); {advice}"
 
 
 def largest_finite(dtype: str) -> float:

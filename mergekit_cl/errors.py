@@ -22,8 +22,34 @@ class NonFiniteError(MergeError):
     """An input holds NaN or Inf, or a result would overflow its dtype. Nothing was written into the caller's tensors."""
 
 
+class CheckpointError(MergeError):
+    """A file of a checkpoint is missing, damaged, of a kind that is not read, or changed; or a result cannot be written."""
+
+
 class BackendError(MergeError):
     """The requested backend is not installed, or cannot reach the tensors."""
+
+
+class Faults:
+    """Collects the errors of several checks, each in a ``with`` block of its own, to report them at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[MergeError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, MergeError):
+            self._errors.append(error)
+            return True
+        return False
+
+    def report(self) -> None:
+        """Raise one error with the messages of all, of the kind of the first; nothing if there were none."""
+        if self._errors:
+            lines = [line for error in self._errors for line in str(error).splitlines()]
+            raise type(self._errors[0])("\n".join(dict.fromkeys(lines))) from self._errors[0]
 
 
 def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> UnknownNameError:

@@ -6,12 +6,12 @@ multiples of `mergekit_cl.kernels.BLOCK` elements; no result depends on the cut 
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -23,11 +23,16 @@ from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listin
 from mergekit_cl.kernels import BLOCK, Array, Slices, Span, Table
 from mergekit_cl.models import Leaf, library_of, tensor
 from mergekit_cl.plan import Item, Plan
+from mergekit_cl.registry import Method
 from mergekit_cl.steps import Apply, Survey
 from mergekit_cl.survey import carry_out, check
+from mergekit_cl.windows import Windows, on_disk, portions
 
 CHUNK = 64 * BLOCK
 """Elements that a thread takes at a time, at most: large enough to stream, small enough to share out evenly."""
+
+WINDOW = 8 << 20
+"""Bytes that a thread reads from files, and writes to them, at a time: they stay in a processor's cache."""
 
 Nonfinite: TypeAlias = Literal["error", "allow"]
 Advance: TypeAlias = Callable[[int], None]
@@ -43,6 +48,9 @@ class Executor:
         threads: How many threads to use; ``None`` for all processors that the process may use.
         nonfinite: Whether NaN and infinities in the inputs are errors.
         constant: Inputs, by number, whose memory does not change between runs (an anchor): checked in the first run only.
+        spans: The inputs of each tensor, by its name, where they are not the memory of the plan's own arrays.
+        outputs: Makes the span that a tensor is written to, where that is not memory that is handed back.
+        window: Bytes that a thread reads from files, and writes to them, at a time.
 
     """
 
@@ -54,17 +62,23 @@ class Executor:
         threads: int | None = None,
         nonfinite: Nonfinite = "error",
         constant: frozenset[int] = frozenset(),
+        spans: Mapping[str, tuple[Span, ...]] | None = None,
+        outputs: Callable[[Item], Span] | None = None,
+        window: int = WINDOW,
     ) -> None:
         self.plan = plan
         self.backend_name, self.backend = kernels.load(backend, plan.device)
-        self.threads = _processors() if threads is None else threads
+        self.threads = processors() if threads is None else threads
         self.nonfinite = nonfinite
         self.constant = constant
-        self.spans = {item.name: tuple(map(_span, item.leaves)) for item in plan.items}
+        self.spans = spans or {item.name: tuple(map(_span, item.leaves)) for item in plan.items}
+        self.outputs = outputs
+        self.window = window
         self.elements = sum(len(spans[0]) for spans in self.spans.values())
         self._pool: ThreadPoolExecutor | None = None
         self._batches: list[Batch] | None = None
         self._known: dict[tuple[str, int], float] = {}
+        self._windows = Windows()
 
     @property
     def reads_in_place(self) -> bool:
@@ -76,7 +90,7 @@ class Executor:
         )
 
     def run(self, advance: Advance = lambda _: None) -> dict[str, Leaf]:
-        """Run once; return the merged tensors by name (in place: the tensors that were written).
+        """Run once; return the merged tensors by name (in place: the tensors that were written; none with ``outputs``).
 
         Raises:
             NonFiniteError: See the class. Where the plan says so, before anything is written.
@@ -97,6 +111,8 @@ class Executor:
             spoiled = [row for batch in order for row in self._apply(batch, advance)]
             if spoiled and self.nonfinite == "error":
                 raise self._explain(spoiled)
+        if self.outputs is not None:
+            return {}
         rows = [row for batch in batches for row in batch.rows]
         return {name: leaf for row in rows for name, leaf in self._finish(row).items()}
 
@@ -105,38 +121,11 @@ class Executor:
     def _steps(self) -> list[tuple[Item, Apply]]:
         """Run the methods of all scopes to their end, in lockstep; return each tensor's apply step."""
         plan = self.plan
-        with self._explained():
+        with _explained(plan.method):
             outcomes = [plan.method(scope, **plan.parameters) for scope, _ in plan.scopes]
             if plan.method.surveys:
                 outcomes = self._lockstep(outcomes)
         return [(item, step) for (_, group), step in zip(plan.scopes, outcomes, strict=True) for item in group]
-
-    def rehearse(self) -> None:
-        """Run the methods up to their first surveys, and check these: what can be known before any data is read.
-
-        Raises:
-            MergeError: The parameters do not go together.
-
-        """
-        plan = self.plan
-        with self._explained():
-            for number, (scope, _) in enumerate(plan.scopes):
-                outcome = plan.method(scope, **plan.parameters)
-                if plan.method.surveys:
-                    for survey in islice(outcome, 1):
-                        check(plan, number, survey)
-                    outcome.close()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say which method failed, where it raises something else than a `MergeError`."""
-        try:
-            yield
-        except MergeError:
-            raise
-        except (ArithmeticError, TypeError, ValueError) as error:
-            method = self.plan.method.name
-            raise MergeError(f"{method} failed with {type(error).__name__}: {error}; check its parameters") from error
 
     def _lockstep(self, runs: Sequence[Generator[Survey, Any, Apply]]) -> list[Apply]:
         steps: dict[int, Apply] = {}
@@ -153,7 +142,7 @@ class Executor:
 
     def sweep(
         self,
-        call: Callable[[Array], Any],
+        call: Callable[[Table, Array], Any],
         table: Table,
         slices: Slices | None = None,
         *,
@@ -164,22 +153,27 @@ class Executor:
 
         ``slices`` makes the pieces count slices; ``few`` asks for large shares, because each of them costs something.
         """
+        cut = self.plan.device == "cpu"
+        windowed = cut and any(map(on_disk, chain.from_iterable(table.spans)))
+        chunk = _fitting(table, self.window) if windowed else CHUNK
         if slices is not None:
-            shares = deal_slices(table.lengths, slices, self.threads, CHUNK, self.plan.device == "cpu")
-        elif self.plan.device != "cpu":
+            shares = deal_slices(table.lengths, slices, self.threads, chunk, cut)
+        elif not cut:
             shares = [table.whole]
         else:
-            chunk = max(CHUNK, -(-int(table.lengths.sum()) // (2 * self.threads * BLOCK)) * BLOCK) if few else CHUNK
+            if few and not windowed:
+                chunk = max(CHUNK, -(-int(table.lengths.sum()) // (2 * self.threads * BLOCK)) * BLOCK)
             shares = deal(table.lengths, self.threads, chunk)
         if backwards:
             shares.reverse()
-        return zip(shares, (self._pool.map if self._pool else map)(call, shares), strict=True)
+        bound = partial(self._windows.call, call, table, slices) if windowed else partial(call, table)
+        return zip(shares, (self._pool.map if self._pool else map)(bound, shares), strict=True)
 
     # Apply
 
     def _batch(self, steps: Iterable[tuple[Item, Apply]]) -> list[Batch]:
         """Put every tensor into a batch with its like."""
-        binder = Binder(self.plan, self.spans, finite=self.nonfinite == "error")
+        binder = Binder(self.plan, self.spans, finite=self.nonfinite == "error", outputs=self.outputs)
         for item in self.plan.exact:
             binder.add_copy(item)
         for item, step in steps:
@@ -204,6 +198,8 @@ class Executor:
             spoiled |= ~np.isfinite(self._largest(batch.inputs)).all(axis=1)
         for pieces, flags in self.sweep(batch.call(self.backend), batch.table, batch.slices, backwards=self.plan.check_first):
             spoiled |= flags
+            if self.outputs is not None and spoiled.any() and self.nonfinite == "error":
+                break  # what has been written will be thrown away
             sizes = pieces[:, 2] - pieces[:, 1]
             advance(int((sizes if batch.slices is None else sizes * batch.slices.lengths[pieces[:, 0]]).sum()))
         return [row for row, bad in zip(batch.rows, spoiled, strict=True) if bad]
@@ -214,12 +210,12 @@ class Executor:
         """Refuse integer tensors that differ between models."""
         problems = []
         for item in self.plan.exact:
-            first, *others = (_on_host(span) for span in self.spans[item.name][: self.plan.models])
+            first, *others = self.spans[item.name][: self.plan.models]
             problems += [
                 f"{label}, {tensor(item.name)}: its {item.dtype} values differ from those of {self.plan.labels[0]}; integers "
                 "and booleans are copied, never averaged: make them equal, or leave the tensor out"
                 for label, other in zip(self.plan.labels[1:], others, strict=False)
-                if not np.array_equal(first, other)
+                if not _equal(first, other)
             ]
         if problems:
             raise MismatchError(listing(problems))
@@ -228,7 +224,7 @@ class Executor:
         """Find the largest magnitude of each span of a table, float64 [rows, columns]; integers count as zero."""
         largest = np.zeros((len(table.spans), len(table.dtypes)))
         if table.dtypes and table.dtypes[0] in kernels.FLOATING:
-            for _, part in self.sweep(partial(self.backend.largest_magnitude, table), table):
+            for _, part in self.sweep(self.backend.largest_magnitude, table):
                 np.maximum(largest, part, out=largest)
         return largest
 
@@ -290,16 +286,55 @@ class Executor:
     def _faults(self, item: Item, inputs: Sequence[Span]) -> list[str]:
         """List what is not finite in the inputs of a tensor that are read."""
         return [
-            f"{label}, {tensor(item.name)}: {counts}"
-            for span, label in zip(self.spans[item.name], self.plan.labels, strict=True)
+            f"{_place(label, leaf)}, {tensor(item.name)}: {counts}"
+            for span, label, leaf in zip(self.spans[item.name], self.plan.labels, item.leaves, strict=True)
             if any(span is read for read in inputs) and (counts := _count_nonfinite(span))
         ]
+
+
+def rehearse(plan: Plan) -> None:
+    """Run the methods up to their first surveys, and check these: what can be known before any data is read.
+
+    Raises:
+        MergeError: The parameters do not go together.
+
+    """
+    with _explained(plan.method):
+        for number, (scope, _) in enumerate(plan.scopes):
+            outcome = plan.method(scope, **plan.parameters)
+            if plan.method.surveys:
+                for survey in islice(outcome, 1):
+                    check(plan, number, survey)
+                outcome.close()
+
+
+@contextmanager
+def _explained(method: Method) -> Iterator[None]:
+    """Say which method failed, where it raises something else than a `MergeError`."""
+    try:
+        yield
+    except MergeError:
+        raise
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise MergeError(f"{method.name} failed with {type(error).__name__}: {error}; check its parameters") from error
 
 
 def _span(leaf: Leaf) -> Span:
     library = library_of(leaf)
     assert library is not None
     return library.span(leaf)
+
+
+def _fitting(table: Table, window: int) -> int:
+    """Count how many elements of a table can be read, computed and written together, a multiple of `BLOCK`."""
+    width: int = sum(span.dtype.itemsize for span in table.spans[0] if on_disk(span))
+    return max(1, window // (width * BLOCK)) * BLOCK
+
+
+def _equal(one: Span, other: Span) -> bool:
+    """Whether two spans of integers, of the same length, are equal."""
+    pairs = zip(portions(one, CHUNK), portions(other, CHUNK), strict=True)
+    return all(np.array_equal(_on_host(a), _on_host(b)) for a, b in pairs)
 
 
 def _on_host(span: Span) -> Any:
@@ -309,10 +344,18 @@ def _on_host(span: Span) -> Any:
     return (span.double() if span.is_floating_point() else span).cpu().numpy()
 
 
+def _place(label: str, leaf: Leaf) -> str:
+    """Say which input a tensor is from, and which files it lies in, if it does."""
+    files = [str(file.path) for file in getattr(leaf, "files", ())]
+    return f"{label} ({', '.join(files)})" if files and files != [label] else label
+
+
 def _count_nonfinite(span: Span) -> str:
     """Count NaN and infinities: "2 NaN and 1 Inf"; empty where there are none."""
-    values = _on_host(span)
-    counts = {"NaN": int(np.isnan(values).sum()), "Inf": int(np.isinf(values).sum())}
+    counts = {"NaN": 0, "Inf": 0}
+    for values in map(_on_host, portions(span, CHUNK)):
+        counts["NaN"] += int(np.isnan(values).sum())
+        counts["Inf"] += int(np.isinf(values).sum())
     return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
@@ -363,6 +406,6 @@ def deal_slices(lengths: Array, slices: Slices, threads: int, chunk: int, cut: b
     return [np.array(share, np.int64) for share in shares]
 
 
-def _processors() -> int:
-    """How many processors this process may use."""
+def processors() -> int:
+    """Count how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from mergekit_cl.dtypes import EXACT
+from mergekit_cl.dtypes import EXACT, unmergeable
 from mergekit_cl.errors import MergeError, MismatchError, listing
 from mergekit_cl.layout import Entry, ties
 from mergekit_cl.models import Leaf, Library, Model, library_of, tensor
@@ -152,6 +152,12 @@ def _check_alignment(inputs: Sequence[Model], target: Model, labels: Sequence[st
             for name, entry in model.layout.items()
             if name in first and (fault := _difference(entry, first[name], labels[0]))
         ]
+    problems += [
+        f"{label}, {tensor(name)}: {fault}"
+        for model, label in zip(inputs, labels, strict=True)
+        for name, entry in model.layout.items()
+        if (fault := unmergeable(entry.dtype))
+    ]
     problems += _extra_problems(inputs, labels)
     if problems:
         raise MismatchError(listing(problems))

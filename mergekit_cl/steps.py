@@ -10,6 +10,7 @@ the vocabulary that a method has; none of them holds data of a model.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import fsum, inf, isfinite, isnan
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -45,17 +46,7 @@ class Sum:
         Inputs are numbered as the models are, the base as -1. Weights are rounded to ``compute`` here, once; an input
         whose weight rounds to zero takes no part.
         """
-        weights = [(-1, self.base_weight), *enumerate(self.weights)]
-        with np.errstate(over="ignore", under="ignore"):
-            rounded = {source: float(compute.type(weight)) for source, weight in weights}
-        taking_part = [(source, weight) for source, weight in weights if rounded[source] != 0]
-        reference = None
-        if len(taking_part) > 1 and all(isfinite(weight) for _, weight in taking_part):
-            scaled = [weight * _SCALE for _, weight in taking_part]
-            if abs(fsum([*scaled, -_SCALE])) <= _ONE * fsum(map(abs, scaled)):
-                reference = max(taking_part, key=lambda term: abs(term[1]))[0]
-        others = [(source, weight) for source, weight in taking_part if source != reference]
-        return Terms(tuple(s for s, _ in others), tuple(rounded[s] for s, _ in others), reference)
+        return _terms(self.weights, self.base_weight, compute)
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,22 @@ class Terms:
     def inputs(self) -> tuple[int, ...]:
         """All inputs that are read, the reference first."""
         return self.sources if self.reference is None else (self.reference, *self.sources)
+
+
+@lru_cache(1024)
+def _terms(weights: tuple[float, ...], base_weight: float, compute: np.dtype[Any]) -> Terms:
+    """See `Sum.terms`; many tensors have the same weights."""
+    given = [(-1, base_weight), *enumerate(weights)]
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = {source: float(compute.type(weight)) for source, weight in given}
+    taking_part = [(source, weight) for source, weight in given if rounded[source] != 0]
+    reference = None
+    if len(taking_part) > 1 and all(isfinite(weight) for _, weight in taking_part):
+        scaled = [weight * _SCALE for _, weight in taking_part]
+        if abs(fsum([*scaled, -_SCALE])) <= _ONE * fsum(map(abs, scaled)):
+            reference = max(taking_part, key=lambda term: abs(term[1]))[0]
+    others = [(source, weight) for source, weight in taking_part if source != reference]
+    return Terms(tuple(s for s, _ in others), tuple(rounded[s] for s, _ in others), reference)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from mergekit_cl.batches import keep_for, keep_of_rows, kind_of, lists, slices_of
 from mergekit_cl.errors import MergeError
-from mergekit_cl.kernels import BLOCK, Array, Backend, Slices, Span, Table
+from mergekit_cl.kernels import BLOCK, Array, Backend, Keep, Slices, Span, Table
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.select import Integers, Selection, guess_ranks, shift_for
 from mergekit_cl.steps import FIRST, LAST, Cut, Gram, KeptMagnitude, KthMagnitude, Statistics, Survey
+from mergekit_cl.windows import sampled
 
 Asked: TypeAlias = Mapping[int, Any]
 """Surveys by the number of the scope that asks."""
@@ -35,11 +36,11 @@ class Sweeps(Protocol):
 
     plan: Plan
     backend: Backend
-    spans: dict[str, tuple[Span, ...]]
+    spans: Mapping[str, tuple[Span, ...]]
 
     def sweep(
         self,
-        call: Callable[[Array], Any],
+        call: Callable[[Table, Array], Any],
         table: Table,
         slices: Slices | None = None,
         *,
@@ -112,11 +113,10 @@ def _grams(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
         table = Table([columns for *_, columns in members])
         about = survey.task_vectors
         slices = None
-        call: Callable[[Array], Any] = partial(engine.backend.gram, table, about)
         if survey.along:
             lengths = [slices_of(item, survey.along)[1] for _, item, _ in members]
             slices = Slices(np.array(lengths, np.int64), survey.along == "columns")
-            call = partial(engine.backend.gram_of_slices, table, about, slices)
+        call = partial(_gram, engine.backend, about, slices)
         for pieces, blocks in engine.sweep(call, table, slices):
             each = pieces[:, 2] - pieces[:, 1] if survey.along else _blocks(pieces)
             owners = np.repeat(pieces[:, 0], each)
@@ -129,6 +129,12 @@ def _grams(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
         answers[number] = np.concatenate([empty, *sums[number]]) if survey.along else add_exactly([empty, *sums[number]])
     _refuse(engine, {number: not np.isfinite(gram).all() for number, gram in answers.items()})
     return answers
+
+
+def _gram(backend: Backend, about: bool, slices: Slices | None, table: Table, pieces: Array) -> Statistics:
+    if slices is None:
+        return backend.gram(table, about, pieces)
+    return backend.gram_of_slices(table, about, slices, pieces)
 
 
 def add_exactly(blocks: Sequence[Statistics]) -> Statistics:
@@ -165,7 +171,7 @@ class _Search:
         rows = []
         for row in self.rows:
             if length := len(row[0]) // step * step:
-                base, *models = (span[:length].reshape(-1, step)[:, :_RUN].reshape(-1) for span in row)
+                base, *models = (sampled(span, length, step, _RUN) for span in row)
                 rows.append((base, *models, *models))
         return _Search((), rows, numbers)
 
@@ -281,7 +287,7 @@ def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Intege
         table = Table([row for _, row in members])
         owners = np.array([index for index, _ in members])
         numbers = np.array([part[index].numbers for index, _ in members])
-        call = partial(_histograms, engine.backend, table, low[numbers], shift[numbers], bins, wide, owners)
+        call = partial(_histograms, engine.backend, low[numbers], shift[numbers], bins, wide, owners)
         for _, (touched, found) in engine.sweep(call, table, few=True):
             for index, histogram in zip(touched.tolist(), found, strict=True):
                 counts[index] += histogram
@@ -289,7 +295,7 @@ def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Intege
 
 
 def _histograms(
-    backend: Backend, table: Table, low: Array, shift: Array, bins: int, wide: bool, owners: Array, pieces: Array
+    backend: Backend, low: Array, shift: Array, bins: int, wide: bool, owners: Array, table: Table, pieces: Array
 ) -> tuple[Array, Integers]:
     """Make a histogram for each of the owners of these pieces."""
     touched, groups = np.unique(owners[pieces[:, 0]], return_inverse=True)
@@ -314,7 +320,7 @@ def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
     for (kind, _), members in groups.items():
         table = Table([columns for *_, columns in members])
         keep = keep_of_rows(kind, [rule for _, rule, _ in members])
-        for pieces, blocks in engine.sweep(partial(engine.backend.kept_magnitude, table, keep), table):
+        for pieces, blocks in engine.sweep(partial(_kept, engine.backend, keep), table):
             owners = np.repeat(pieces[:, 0], _blocks(pieces))
             for row in np.unique(owners):
                 sums[members[row][0]].append(blocks[owners == row])
@@ -325,6 +331,10 @@ def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
             answers[number][models] = add_exactly([np.zeros((0, len(models), 2)), *sums[number]])
     _refuse(engine, {number: not np.isfinite(norms).all() for number, norms in answers.items()})
     return answers
+
+
+def _kept(backend: Backend, keep: Keep, table: Table, pieces: Array) -> Statistics:
+    return backend.kept_magnitude(table, keep, pieces)
 
 
 # What they share

@@ -10,7 +10,7 @@ from mergekit_cl.api import prepare
 from mergekit_cl.continual.schedule import MergeSchedule
 from mergekit_cl.dtypes import output_dtype
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
-from mergekit_cl.execute import Executor
+from mergekit_cl.execute import Executor, rehearse
 from mergekit_cl.models import open_model
 from mergekit_cl.registry import find
 
@@ -135,7 +135,7 @@ class SFA:
 
         """
         schedule, anchor = _schedule(self.p, self._every, total_steps), self._capture()
-        self._executor(anchor, self._trainable()).rehearse()  # finds what cannot be merged before training, not in its middle
+        rehearse(self._executor(anchor, self._trainable()).plan)  # finds what cannot be merged before training, not in its middle
         self.anchor = anchor
         self._begin(schedule, self.steps_before + self.step_count)
 

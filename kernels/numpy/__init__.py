@@ -130,8 +130,9 @@ def _slice_tiles(slices: Slices, pieces: Array) -> Iterator[tuple[int, int, int]
 def _sliced(span: Array, slices: Slices, row: int, first: int, last: int) -> Array:
     """View slices of a span, [slices, elements]."""
     length = int(slices.lengths[row])
-    whole = span.reshape(length, -1).T if slices.strided else span.reshape(-1, length)
-    return whole[first:last]
+    if slices.strided:
+        return span[0 : len(span)].reshape(length, -1).T[first:last]
+    return span[first * length : last * length].reshape(-1, length)
 
 
 def magnitude_histogram(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
 from mergekit_cl.errors import MergeError
@@ -55,7 +56,8 @@ class Library(Protocol):
         """Finish a write in place: copy ``span`` into a leaf that was not contiguous, and tell the library."""
 
 
-_LIBRARIES = ("numpy", "torch", "jax")
+_LIBRARIES = {"numpy": "numpy", "torch": "torch", "jax": "jax", "mergekit_cl.checkpoint.stored": "stored"}
+"""The module that brings an array into being, and the file of this package that knows it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Model:
 
     ``rebuild`` returns a value of the model's own kind. ``own_copy`` is set for kinds that can only be copied as a whole and
     then written in place (a ``torch.nn.Module``): called with a dtype (``None`` for each tensor's own) it returns such a copy,
-    opened. ``extra`` is state that is no tensor; a result can only keep it where all models agree.
+    opened. ``extra`` is state that is no tensor; a result can only keep it where all models agree. ``origin`` is the
+    `mergekit_cl.checkpoint.reference.Opened` of a model on disk.
     """
 
     layout: Layout
@@ -72,12 +75,18 @@ class Model:
     rebuild: Callable[[Mapping[str, Leaf]], Any]
     own_copy: "Callable[[str | None], Model] | None" = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    origin: Any = None
+
+    def restricted(self, rule: Callable[[str], bool]) -> "Model":
+        """Leave out all tensors but those whose names the rule is true of."""
+        layout = {name: entry for name, entry in self.layout.items() if rule(name)}
+        return replace(self, layout=layout, leaves={name: self.leaves[name] for name in layout})
 
 
 def library_of(value: object) -> Library | None:
     """Find the library whose array a value is."""
-    for name in _LIBRARIES:
-        if name in sys.modules and _library(name).owns(value):
+    for module, name in _LIBRARIES.items():
+        if module in sys.modules and _library(name).owns(value):
             return _library(name)
     return None
 
@@ -99,7 +108,8 @@ def open_model(value: Any, where: str) -> Model:
     """Open a model of any kind.
 
     Args:
-        value: An array; a (nested) mapping from names to arrays; a ``torch.nn.Module``; a JAX pytree.
+        value: An array; a (nested) mapping from names to arrays; a ``torch.nn.Module``; a JAX pytree; the path of
+            a checkpoint, or its id on the Hugging Face Hub.
         where: What to call it in errors: "model 0", "base".
 
     Raises:
@@ -107,6 +117,11 @@ def open_model(value: Any, where: str) -> Model:
 
     """
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if isinstance(value, str | Path):
+        from mergekit_cl.checkpoint.reference import open_reference
+
+        opened = open_reference(value)
+        return replace(_opened(opened.tensors, dict, where), origin=opened)
     if library_of(value) is not None:
         return _opened({"": value}, lambda leaves: leaves[""], where)
     if torch is not None and isinstance(value, torch.nn.Module):
@@ -127,7 +142,7 @@ def open_model(value: Any, where: str) -> Model:
     else:
         detail = f"got {type(value).__name__}"
     raise MergeError(
-        f"{where}: {detail}; a model is an array, a mapping from names to arrays, a torch.nn.Module, or a JAX pytree"
+        f"{where}: {detail}; a model is an array, a mapping from names to arrays, a torch.nn.Module, a JAX pytree, or a path"
     )
 
 
@@ -139,6 +154,23 @@ def _opened(leaves: Mapping[str, Leaf], rebuild: Callable[[Mapping[str, Leaf]], 
         except MergeError as error:
             raise MergeError(f"{where}, {tensor(name)}: {error}") from None
     return Model(layout, leaves, rebuild)
+
+
+def copied(leaf: Leaf, like: Leaf, *, in_place: bool) -> Leaf:
+    """Copy an array as one of another library, or into it; both have the same shape, and in place the same dtype."""
+    source, library = library_of(leaf), library_of(like)
+    assert source is not None
+    assert library is not None
+    span = source.span(leaf)
+    if not in_place:
+        out = library.empty(like, source.describe(leaf, "").dtype)
+        out[:] = span
+        return library.build(out, like)
+    place = library.writable(like)
+    if place is not None:
+        place[:] = span
+    library.written(like, span if place is None else None)
+    return like
 
 
 def tensor(name: str) -> str:

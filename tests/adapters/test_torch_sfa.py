@@ -401,7 +401,8 @@ REQUIRED = {"density": 0.3, "t": 0.25}
 
 def mergeable() -> list[str]:
     """Methods that can merge two models, or one and a base."""
-    return [name for name, m in methods().items() if m.least <= 2 - (m.base == "required") and (m.most or 2) >= 1]
+    counts = {name: 2 - (m.base == "required") for name, m in methods().items()}
+    return [name for name, m in methods().items() if m.least <= counts[name] <= (m.most or 2)]
 
 
 @pytest.mark.parametrize("name", mergeable())

@@ -1,0 +1,700 @@
+"""Merges into files: what goes into the new checkpoint, decided from headers alone, and the run that makes it.
+
+A `FileMerge` is prepared from the arguments of `mergekit_cl.merge`, or from a recipe. Nothing has been read then but headers
+and configurations, and all that they tell of has been checked. `FileMerge.describe` tells what `FileMerge.run` would do.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
+from hashlib import blake2b
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import yaml
+
+from mergekit_cl.assembly import Assembly, assemble, input_embedding, is_head, said_tied
+from mergekit_cl.checkpoint.folder import Checkpoint, check_not_quantised, open_checkpoint
+from mergekit_cl.checkpoint.lora import merge_adapters, refuse_adapters
+from mergekit_cl.checkpoint.reference import ModelRef, Opened, open_reference
+from mergekit_cl.checkpoint.stored import DataFile, Source, Stored, numpy_dtype
+from mergekit_cl.checkpoint.writer import Output, Writer
+from mergekit_cl.errors import CheckpointError, Faults, MergeError, listing, unknown
+from mergekit_cl.execute import Advance, Nonfinite, rehearse
+from mergekit_cl.globs import Globs, check_globs, chosen, globs_of
+from mergekit_cl.layout import Entry
+from mergekit_cl.memory import Anonymous
+from mergekit_cl.models import Model
+from mergekit_cl.out_of_core import Job, check_backend, check_memory, run
+from mergekit_cl.plan import Plan, plan
+from mergekit_cl.recipe import Options, Recipe, recipe_text
+from mergekit_cl.registry import Between, Method, Parameter, find
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge has done: numbers of tensors, bytes, seconds; ``peak`` is anonymous memory, ``None`` where it is unknown."""
+
+    target: Path
+    merged: int
+    copied: int
+    resumed: int
+    read: int
+    written: int
+    seconds: float
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class FileMerge:
+    """A merge into files that has been prepared.
+
+    ``outputs`` are the tensors of the result, in the order in which they are written; ``companions`` the files beside them: by
+    their names paths to copy, or contents. ``inputs`` are the checkpoints. ``notes`` are what the user should know.
+    """
+
+    target: Path
+    job: Job
+    outputs: tuple[Output, ...]
+    companions: Mapping[str, Path | bytes]
+    metadata: Mapping[str, str]
+    stem: str
+    inputs: tuple[Path, ...]
+    notes: tuple[str, ...]
+    origin: str
+    """What the recipe and the arguments say, for the fingerprint."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of the result."""
+        return sum(prod(output.shape) for output in self.outputs)
+
+    @property
+    def written(self) -> int:
+        """Bytes of the tensors of the result."""
+        return sum(prod(output.shape) * numpy_dtype(output.dtype).itemsize for output in self.outputs)
+
+    @property
+    def read(self) -> int:
+        """Bytes of the tensors that are read, each counted once."""
+        merged = [leaf for each in self.job.plans for item in each.items for leaf in item.leaves]
+        return sum(prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize for leaf in (*merged, *self.job.copies.values()))
+
+    def run(
+        self,
+        *,
+        overwrite: bool = False,
+        verify: bool = True,
+        shard_size: int | None = 50 * 10**9,
+        backend: str = "auto",
+        threads: int | None = None,
+        nonfinite: Nonfinite = "error",
+        memory: int = 512 * 10**6,
+        advance: Advance = lambda _: None,
+        started: Callable[[int], None] = lambda _: None,
+    ) -> Report:
+        """Merge.
+
+        Args:
+            overwrite: Whether a checkpoint that exists already is replaced, as a whole, when the new one is complete.
+            verify: Whether the result is read back and compared with the checksums of what was computed.
+            shard_size: Bytes of a file of the result at most; ``None`` for one file.
+            backend: "auto", "numpy" or "numba".
+            threads: How many threads to use; ``None`` for all processors.
+            nonfinite: Whether NaN and infinities in the inputs are errors.
+            memory: Bytes of memory that may be allocated, beside what the process has already.
+            advance: Called with numbers of elements of the result that are there.
+            started: Called with the number of tensors that an earlier run, which was stopped, has left.
+
+        """
+        begin = time.perf_counter()
+        self.check(memory=memory, threads=threads, backend=backend, shard_size=shard_size, overwrite=overwrite)
+        before = sum(file.bytes_read for file in self.job.files)
+        with (
+            Anonymous() as anonymous,
+            self._writer(self._fingerprint(backend, nonfinite), shard_size, overwrite) as writer,
+        ):
+            started(len(writer.done))
+            run(
+                self.job, writer, backend=backend, threads=threads, nonfinite=nonfinite, memory=memory, advance=advance
+            )  # fmt: skip
+            writer.commit({} if self.single else self.companions, verify=verify)
+            resumed = len(writer.done)
+        for file in self.job.files:
+            file.close()
+        return Report(
+            self.target,
+            len(self.outputs) - len(self.job.copies),
+            len(self.job.copies),
+            resumed,
+            sum(file.bytes_read for file in self.job.files) - before,
+            self.written,
+            time.perf_counter() - begin,
+            anonymous.peak,
+        )
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of tensors that are read and written, each counted once."""
+        return self.read + self.written
+
+    def check(
+        self, *, memory: int, threads: int | None, backend: str, shard_size: int | None = None, overwrite: bool = False
+    ) -> None:
+        """Find out before a run whether there are memory and disk space for it, and whether the target is free."""
+        faults = Faults()
+        with faults:
+            check_backend(backend)
+        with faults:
+            check_memory(self.job, memory, threads)
+        with faults:
+            self._writer("", shard_size, overwrite).check()
+        faults.report()
+
+    def describe(self) -> dict[str, Any]:
+        """Tell what a run would do, in types that JSON has: what becomes of how many tensors; bytes; files."""
+        rows: dict[str, list[int]] = {}
+        for each in self.job.plans:
+            given = ", ".join(f"{name}={_shown(value)}" for name, value in each.parameters.items())
+            row = rows.setdefault(f"{each.method.name}({given})", [0, 0])
+            floating = [item for _, items in each.scopes for item in items]
+            row[0] += len(floating)
+            row[1] += sum(prod(item.shape) for item in floating)
+            if each.exact:
+                row = rows.setdefault("copied, equal in all models", [0, 0])
+                row[0] += len(each.exact)
+                row[1] += sum(prod(item.shape) for item in each.exact)
+        if self.job.copies:
+            rows["copied, not merged"] = [len(self.job.copies), sum(prod(source.shape) for source in self.job.copies.values())]
+        return {
+            "target": str(self.target),
+            "tensors": [
+                {"what": what, "tensors": count, "elements": elements} for what, (count, elements) in rows.items() if count
+            ],
+            "read": self.read,
+            "written": self.written,
+            "companions": [] if self.single else sorted(self.companions),
+            "notes": list(self.notes),
+        }
+
+    @property
+    def single(self) -> bool:
+        """Whether the target is one file."""
+        return self.target.suffix == ".safetensors"
+
+    def _writer(self, fingerprint: str, shard_size: int | None, overwrite: bool) -> Writer:
+        return Writer(
+            self.target,
+            self.outputs,
+            fingerprint=fingerprint,
+            metadata=self.metadata,
+            shard_size=shard_size,
+            stem=self.stem,
+            single_file=self.single,
+            overwrite=overwrite,
+            inputs=self.inputs,
+        )
+
+    def _fingerprint(self, backend: str, nonfinite: str) -> str:
+        """Hash everything that the bytes of the result depend on."""
+        files = [(str(file.path.resolve()), file.size, file.mtime_ns, file.digest) for file in self.job.files]
+        plans = [
+            (
+                each.method.name,
+                {name: repr(value) for name, value in each.parameters.items()},
+                [
+                    [scope.seed, *([item.names, item.dtype, list(map(_identity, item.leaves))] for item in items)]
+                    for scope, items in each.scopes
+                ],
+                [[item.names, list(map(_identity, item.leaves))] for item in each.exact],
+            )
+            for each in self.job.plans
+        ]
+        copies = [(name, _identity(source)) for name, source in self.job.copies.items()]
+        beside = [(name, blake2b(_content(what)).hexdigest()) for name, what in sorted(self.companions.items())]
+        everything = [version("mergekit-cl"), self.origin, files, plans, copies, beside, backend, nonfinite]
+        return blake2b(json.dumps(everything, default=str).encode(), digest_size=16).hexdigest()
+
+
+# Preparing
+
+
+def prepare_models(
+    method: Method,
+    models: Sequence[Model],
+    base: Model | None,
+    target: Path,
+    *,
+    labels: Sequence[str],
+    parameters: Mapping[str, Any],
+    out_dtype: str | None = None,
+    seed: int = 0,
+    only: Globs = None,
+    exclude: Globs = None,
+) -> FileMerge:
+    """Prepare the merge that the arguments of `mergekit_cl.merge` describe.
+
+    Args:
+        method: The merge method.
+        models: The opened models, of any kind.
+        base: The opened base, if there is one.
+        target: Path of the result: a folder, or a file if it ends in ".safetensors".
+        labels: What to call the models, and the base.
+        parameters: Of the method.
+        out_dtype: Dtype of all floating tensors of the result.
+        seed: For random masks.
+        only: Globs: what is merged.
+        exclude: Globs: what is not.
+
+    Raises:
+        MergeError: The models cannot be merged so; all problems of a kind are in one message.
+
+    """
+    inputs = [*models, base] if base is not None else list(models)
+    opened = [model.origin for model in inputs if model.origin is not None]
+    checkpoints = [checkpoint for each in opened for checkpoint in each.checkpoints]
+    donor = inputs[-1] if base is not None else inputs[0]
+    rule = chosen(only, exclude)
+    faults = Faults()
+    with faults:
+        _check_inputs(opened, method.name)
+    with faults:
+        check_globs(only, exclude, donor.layout)
+    with faults:
+        method.resolve({name: value for name, value in parameters.items() if name != "scope"}, len(models))
+    copies = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
+    with faults:
+        _check_copies(copies)
+    inputs, notes = _without_tied_heads(inputs, donor, labels)
+    merged = [model.restricted(rule) for model in inputs]
+    with faults:
+        planned = plan(
+            method, merged[: len(models)], None if base is None else merged[-1], merged[0],
+            parameters=parameters, labels=labels, out_dtype=out_dtype, seed=seed,
+        )  # fmt: skip
+        rehearse(planned)
+    faults.report()
+    recipe = None
+    if len(opened) == len(inputs):
+        scope = {"scope": parameters["scope"]} if "scope" in parameters else {}
+        recipe = _recipe_of(method, [each.label for each in opened], planned, scope, out_dtype, seed, only, exclude)
+    companions = _companions(donor.origin, out_dtype, {}, recipe, [each.label for each in opened], method.name)
+    there = {item.name for item in planned.items} | copies.keys()
+    order = [name for name in dict.fromkeys([*inputs[0].layout, *copies]) if name in there]
+    return _file_merge(target, Job((planned,), copies), order, companions, donor.origin, checkpoints, notes, recipe or "")
+
+
+def prepare_recipe(
+    recipe: Recipe,
+    target: Path,
+    *,
+    seed: int | None = None,
+    only: Globs = None,
+    exclude: Globs = None,
+    write_card: bool = True,
+    copy_tokenizer: bool = True,
+) -> FileMerge:
+    """Prepare the merge that a recipe describes: open its models, and bind it to them.
+
+    Args:
+        recipe: The recipe.
+        target: Path of the result: a folder, or a file if it ends in ".safetensors".
+        seed: For random masks; ``None`` for that of the recipe.
+        only: Globs: what is merged; ``None`` for those of the recipe.
+        exclude: Globs: what is not, likewise.
+        write_card: Whether the result gets a README.md with the recipe.
+        copy_tokenizer: Whether it gets a tokenizer.
+
+    Raises:
+        MergeError: A model cannot be opened, or the recipe does not fit the models; all problems of a kind are in one message.
+
+    """
+    said = recipe.options
+    options = Options(
+        said.seed if seed is None else seed,
+        tuple(globs_of("only", said.only if only is None else only)),
+        tuple(globs_of("exclude", said.exclude if exclude is None else exclude)),
+    )
+    opened: dict[ModelRef, Opened] = {}
+    faults = Faults()
+    for ref in recipe.models:
+        with faults:
+            opened[ref] = open_reference(ref)
+    faults.report()
+    donor = opened[recipe.donor]
+    with faults:
+        _check_inputs(opened.values(), recipe.method)
+    with faults:
+        check_globs(options.only, options.exclude, donor.tensors)
+    with faults:
+        assembly = assemble(recipe, opened, chosen(options.only, options.exclude))
+    faults.report()
+    if assembly.scope == "model" and len(assembly.parts) > 1:
+        raise MergeError(
+            'scope: with "model" all tensors need the same parameters and models; leave gradients, filters and slices away'
+        )
+    method = find(assembly.method)
+    scope = {"scope": assembly.scope} if method.surveys else {}
+    plans = []
+    for part in assembly.parts:
+        with faults:
+            parameters = {**part.parameters, **scope}
+            plans.append(_plan_of(method, part.labels, part.models, part.tensors, parameters, assembly.out_dtype, options.seed))
+            rehearse(plans[-1])
+    with faults:
+        _check_copies(assembly.copied)
+    faults.report()
+    copies = cast(Mapping[str, Stored], assembly.copied)
+    text = recipe_text(recipe, options)
+    names = [str(ref) for ref in recipe.models]
+    companions = _companions(donor, assembly.out_dtype, assembly.config_changes, text, names, method.name)
+    _tokenizer(companions, assembly, opened, copy_tokenizer)
+    if not write_card:
+        companions.pop("README.md", None)
+    order = [*(name for part in assembly.parts for name in part.tensors), *copies]
+    checkpoints = [checkpoint for each in opened.values() for checkpoint in each.checkpoints]
+    return _file_merge(target, Job(tuple(plans), copies), order, companions, donor, checkpoints, assembly.notes, text)
+
+
+def _without_tied_heads(inputs: Sequence[Model], donor: Model, labels: Sequence[str]) -> tuple[list[Model], tuple[str, ...]]:
+    """Leave out output heads that are the input embedding, as the donor's config has it; else let the embedding stand in."""
+    heads = dict.fromkeys(name for model in inputs if model.origin is not None for name in model.layout if is_head(name))
+    tied = donor.origin is not None and said_tied(donor.origin.config)
+    result, notes = list(inputs), []
+    for name in heads:
+        lacking = [index for index, model in enumerate(result) if name not in model.layout]
+        if tied or (tied is None and name not in donor.layout):
+            result = [model.restricted(lambda other, head=name: other != head) for model in result]  # type: ignore[misc]
+            notes.append(f'"{name}" is left out: the result has its input embedding for it, as its config says')
+            continue
+        for index in lacking:
+            model = result[index]
+            shape = next(each.layout[name].shape for each in result if name in each.layout)
+            if model.origin is None or said_tied(model.origin.config) is False:
+                continue
+            if (leaf := input_embedding(model.leaves, shape)) is not None:
+                layout = {**model.layout, name: Entry(name, leaf.shape, leaf.dtype)}
+                result[index] = replace(model, layout=layout, leaves={**model.leaves, name: leaf})
+                notes.append(f'{labels[index]}: its input embedding stands in for "{name}", which is tied to it')
+    return result, tuple(notes)
+
+
+def _check_inputs(opened: Iterable[Opened], method: str) -> None:
+    """Refuse checkpoints that are not plain weights: adapters, quantised models."""
+    opened = list(opened)
+    if any(is_adapter(each.checkpoint) for each in opened):
+        raise refuse_adapters(method)
+    problems = [problem for each in opened for problem in check_not_quantised(each.checkpoint)]
+    if problems:
+        raise CheckpointError(listing(list(dict.fromkeys(problems))))
+
+
+def _check_copies(copies: Mapping[str, Any]) -> None:
+    """Refuse what is not copied as bytes: tensors with an adapter to be applied, tensors in memory."""
+    problems = [
+        f'"{name}": is left out of the merge, so it would be copied byte for byte, but it '
+        f"{'has an adapter to be applied' if hasattr(leaf, 'files') else 'is in memory'}; merge it too, or pass files"
+        for name, leaf in copies.items()
+        if not isinstance(leaf, Stored)
+    ]
+    if problems:
+        raise MergeError(listing(problems))
+
+
+def _plan_of(
+    method: Method,
+    labels: Sequence[str],
+    count: int,
+    tensors: Mapping[str, tuple[Source, ...]],
+    parameters: Mapping[str, Any],
+    out_dtype: str | None,
+    seed: int,
+) -> Plan:
+    """Plan the merge of some tensors of a recipe."""
+    models = []
+    for column in range(len(labels)):
+        leaves = {name: sources[column] for name, sources in tensors.items()}
+        models.append(Model({name: Entry(name, leaf.shape, leaf.dtype) for name, leaf in leaves.items()}, leaves, dict))
+    base = models[count] if count < len(models) else None
+    return plan(method, models[:count], base, models[0], parameters=parameters, labels=labels, out_dtype=out_dtype, seed=seed)
+
+
+def _file_merge(
+    target: Path,
+    job: Job,
+    order: Sequence[str],
+    companions: Mapping[str, Path | bytes],
+    donor: Opened | None,
+    checkpoints: Sequence[Checkpoint],
+    notes: tuple[str, ...],
+    origin: str,
+) -> FileMerge:
+    entries = {item.name: Output(item.name, item.shape, item.dtype) for each in job.plans for item in each.items}
+    entries |= {name: Output(name, source.shape, source.stored_dtype) for name, source in job.copies.items()}
+    like = None if donor is None else donor.checkpoint
+    return FileMerge(
+        Path(target),
+        job,
+        tuple(entries[name] for name in order),
+        companions,
+        {"format": "pt", **({} if like is None else like.metadata)},
+        like.stem if like is not None and like.is_folder else "model",
+        tuple(checkpoint.path for checkpoint in checkpoints),
+        notes,
+        origin,
+    )
+
+
+# Adapters
+
+
+@dataclass(frozen=True)
+class AdapterMerge:
+    """A merge of LoRA adapters of one base into one adapter that has been prepared."""
+
+    target: Path
+    adapters: tuple[Checkpoint, ...]
+    combination: Literal["cat", "svd"]
+    weights: tuple[float, ...]
+    rank: int | None
+    dtype: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Elements of the adapters."""
+        return sum(prod(tensor.shape) for adapter in self.adapters for tensor in adapter.tensors.values())
+
+    def run(self, *, overwrite: bool = False, verify: bool = True, advance: Advance = lambda _: None, **_: Any) -> Report:
+        """Merge; the arguments are those of `FileMerge.run`, of which an adapter needs few."""
+        begin = time.perf_counter()
+        with Anonymous() as anonymous:
+            merged = merge_adapters(self.adapters, self.weights, combination=self.combination, rank=self.rank, dtype=self.dtype)
+            outputs = [Output(name, array.shape, array.dtype.name) for name, array in merged.tensors.items()]
+            first = self.adapters[0]
+            beside: dict[str, Path | bytes] = {**first.companions()}
+            beside["adapter_config.json"] = (json.dumps(merged.config, indent=2, ensure_ascii=False) + "\n").encode()
+            with Writer(
+                self.target,
+                outputs,
+                fingerprint=os.urandom(16).hex(),
+                metadata={"format": "pt", **first.metadata},
+                shard_size=None,
+                stem="adapter_model",
+                overwrite=overwrite,
+                inputs=[adapter.path for adapter in self.adapters],
+            ) as writer:
+                for name, array in merged.tensors.items():
+                    writer.write(name, 0, array.reshape(-1))
+                writer.commit(beside, verify=verify)
+        advance(self.elements)
+        files = [file for adapter in self.adapters for file in adapter.files]
+        for file in files:
+            file.close()
+        written = sum(array.nbytes for array in merged.tensors.values())
+        read = sum(file.bytes_read for file in files)
+        return Report(self.target, len(outputs), 0, 0, read, written, time.perf_counter() - begin, anonymous.peak)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of tensors that are read."""
+        return sum(tensor.nbytes for adapter in self.adapters for tensor in adapter.tensors.values())
+
+    def check(self, **_: Any) -> None:
+        """Nothing is left to check: adapters are small."""
+
+    def describe(self) -> dict[str, Any]:
+        """Tell what a run would do, in types that JSON has."""
+        what = f"{self.combination} of {len(self.adapters)} adapters{f', rank {self.rank}' if self.rank else ''}"
+        row = {"what": what, "tensors": len(self.adapters[0].tensors), "elements": self.elements}
+        return {"target": str(self.target), "tensors": [row], "read": self.traffic, "notes": []}
+
+
+def prepare_adapters(
+    given: Sequence[str | Path], method: str, target: Path, *, parameters: Mapping[str, Any], out_dtype: str | None
+) -> AdapterMerge:
+    """Prepare a merge of LoRA adapters: "cat", exact, or "svd", the best at a rank. Parameters are weight, and rank for svd."""
+    known = {"weight", *(["rank"] if method == "svd" else [])}
+    for name in parameters:
+        if name not in known:
+            raise unknown(f"parameter of {method}", name, known)
+    opened = [open_checkpoint(each) for each in given]
+    problems = [
+        f"{adapter.label}: is not a LoRA adapter (it has no adapter_config.json); {method} merges adapters of one base"
+        for adapter in opened
+        if not is_adapter(adapter)
+    ]
+    if problems:
+        raise CheckpointError(listing(problems))
+    if target.suffix == ".safetensors":
+        raise CheckpointError(f"{target}: an adapter is a folder; pass the path of one")
+    weight, rank = parameters.get("weight", 1.0), parameters.get("rank")
+    weights = Parameter("weight", float, per_model=True).resolve(weight, len(opened), f"{method}:")
+    if rank is not None:
+        rank = Parameter("rank", int, range=Between(1)).check(rank, f"{method}:")
+    return AdapterMerge(target, tuple(opened), cast(Literal["cat", "svd"], method), weights, rank, out_dtype)
+
+
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a PEFT adapter."""
+    return checkpoint.is_folder and (checkpoint.path / "adapter_config.json").exists()
+
+
+# What lies beside the weights
+
+
+def _companions(
+    donor: Opened | None,
+    out_dtype: str | None,
+    changes: Mapping[str, Any],
+    recipe: str | None,
+    models: Sequence[str],
+    method: str,
+) -> dict[str, Path | bytes]:
+    """Collect the files of the donor, its config with changes, the recipe, and a model card."""
+    found: dict[str, Path | bytes] = {}
+    if donor is not None:
+        found |= donor.checkpoint.companions()
+        if donor.config is not None and (out_dtype or changes):
+            found["config.json"] = _changed(donor.config, out_dtype, changes)
+    if recipe is not None:
+        found["recipe.yml"] = recipe.encode()
+        found["README.md"] = _card(recipe, models, method).encode()
+    return found
+
+
+def _changed(config: Mapping[str, Any], out_dtype: str | None, changes: Mapping[str, Any]) -> bytes:
+    """Write a config with changes; a dot in a key goes into a part of it, and the dtype is noted where transformers looks."""
+    changed = json.loads(json.dumps(config))
+    for key, value in changes.items():
+        *parts, last = key.split(".")
+        inner = changed
+        for part in parts:
+            inner = inner[part]
+        inner[last] = value
+    if out_dtype:
+        keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]
+        changed |= dict.fromkeys(keys, out_dtype)
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _card(recipe: str, models: Sequence[str], method: str) -> str:
+    """Write the model card: what was merged and how, with the recipe that does it again."""
+    names = list(dict.fromkeys(models))
+    front = yaml.safe_dump(
+        {"base_model": names, "library_name": "transformers", "tags": ["merge", "mergekit_cl"]},
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    paper = find(method).paper
+    listed = "\n".join(f"- {name}" for name in names)
+    return (
+        f"---\n{front}---\n\n# A merge of {len(names)} model{'s' * (len(names) != 1)}\n\n"
+        f"Made with mergekit_cl {version('mergekit-cl')} by the method "
+        f"[{method}]({paper}) from\n\n{listed}\n\nThis recipe makes it again (`mergekit-cl run recipe.yml OUT`):\n\n"
+        f"```yaml\n{recipe.rstrip()}\n```\n"
+    )
+
+
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "spiece*",
+    "*.tiktoken",
+    "chat_template*",
+    "*.spm",
+)
+
+
+def _tokenizer(
+    companions: dict[str, Path | bytes], assembly: Assembly, opened: Mapping[ModelRef, Opened], copy_tokenizer: bool
+) -> None:
+    """Take the tokenizer that the recipe asks for, and its chat template."""
+
+    def is_tokenizer(name: str) -> bool:
+        return any(fnmatchcase(name.lower(), glob) for glob in _TOKENIZER)
+
+    if assembly.tokenizer is not None or not copy_tokenizer:
+        for name in [name for name in companions if is_tokenizer(name)]:
+            del companions[name]
+    if assembly.tokenizer is not None and copy_tokenizer:
+        source = opened[assembly.tokenizer].checkpoint
+        companions |= {name: path for name, path in source.companions().items() if is_tokenizer(name)}
+    if assembly.chat_template is not None:
+        companions["chat_template.jinja"] = assembly.chat_template.encode()
+        beside = companions.get("tokenizer_config.json")
+        if beside is not None:
+            config = json.loads(_content(beside))
+            if isinstance(config, dict) and config.pop("chat_template", None) is not None:
+                companions["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _recipe_of(
+    method: Method,
+    names: Sequence[str],
+    planned: Plan,
+    scope: Mapping[str, Any],
+    out_dtype: str | None,
+    seed: int,
+    only: Globs,
+    exclude: Globs,
+) -> str:
+    """Write the recipe that does the same as the arguments."""
+    models = names[: planned.models]
+    shared: dict[str, Any] = dict(scope)
+    own: list[dict[str, Any]] = [{} for _ in models]
+    for name, value in planned.parameters.items():
+        if method.parameters[name].per_model:
+            for place, each in zip(own, value, strict=True):
+                place[name.rstrip("_")] = each
+        else:
+            shared[name.rstrip("_")] = value
+    recipe: dict[str, Any] = {"merge_method": method.name}
+    if planned.has_base:
+        recipe["base_model"] = names[-1]
+    recipe["models"] = [
+        {"model": model, **({"parameters": parameters} if parameters else {})}
+        for model, parameters in zip(models, own, strict=True)
+    ]
+    if shared:
+        recipe["parameters"] = shared
+    if out_dtype:
+        recipe["out_dtype"] = out_dtype
+    more = {"seed": seed or None, "only": globs_of("only", only), "exclude": globs_of("exclude", exclude)}
+    if any(more.values()):
+        recipe["mergekit_cl"] = {name: value for name, value in more.items() if value}
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+
+
+# Small things
+
+
+def _content(what: Path | bytes) -> bytes:
+    return what if isinstance(what, bytes) else what.read_bytes()
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_shown, value))}]" if len(set(value)) > 1 else _shown(value[0])
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _identity(leaf: Any) -> Any:
+    """Say what a tensor is read from. What is in memory is never the same twice."""
+    if isinstance(leaf, Stored):
+        return [str(leaf.file.path), leaf.offset, leaf.stored_dtype, leaf.shape]
+    if isinstance(leaf, DataFile):
+        return str(leaf.path)
+    if isinstance(leaf, np.ndarray) or not is_dataclass(leaf):
+        return repr(leaf) if isinstance(leaf, str | int | float | bool | tuple | None) else os.urandom(8).hex()
+    return [type(leaf).__name__, *(_identity(getattr(leaf, part.name)) for part in fields(leaf) if part.compare and part.repr)]

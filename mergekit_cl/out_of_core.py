@@ -1,0 +1,299 @@
+"""Merges whose result is written to disk: tensors are read, computed and written a window at a time, within a budget of memory.
+
+What a method surveys is looked at more than once. Tensors of which all inputs fit into the budget are read once and kept
+while that lasts, many small ones together; larger ones are read again for every sweep. Neither shows in the result.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+
+from mergekit_cl import kernels
+from mergekit_cl.checkpoint.stored import DataFile, Stored, numpy_dtype
+from mergekit_cl.errors import BackendError, MergeError, listing
+from mergekit_cl.execute import WINDOW, Advance, Executor, Nonfinite, processors
+from mergekit_cl.kernels import BLOCK, Array, Span
+from mergekit_cl.models import library_of, tensor
+from mergekit_cl.plan import Item, Plan
+from mergekit_cl.steps import Gram
+from mergekit_cl.windows import Incoming, Outgoing
+
+_LOADED = 4 << 20  # bytes of a tensor that a thread loads at a time
+_FIXED = 96 << 20  # bytes for what is not the data of tensors: counters, scratch, names, code that is compiled
+
+
+class Sink(Protocol):
+    """What takes the tensors: see `mergekit_cl.checkpoint.writer.Writer`."""
+
+    done: frozenset[str]
+
+    def write(self, name: str, first: int, data: Array) -> None:
+        """Take elements of a tensor, from number ``first`` on; from any thread."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is merged, and what is copied byte for byte; together these are all tensors of the result.
+
+    The plans' arrays may be tensors of checkpoints or in memory (on the CPU). Each plan has tensors of its own.
+    """
+
+    plans: tuple[Plan, ...]
+    copies: Mapping[str, Stored]
+
+    @property
+    def files(self) -> list[DataFile]:
+        """All files that are read, each once."""
+        leaves = [leaf for plan in self.plans for item in plan.items for leaf in item.leaves]
+        sources = [leaf for leaf in (*leaves, *self.copies.values()) if _is_source(leaf)]
+        return list({id(file): file for source in sources for file in source.files}.values())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a number of bytes of memory is divided.
+
+    ``window`` bytes are the share of each thread that reads, computes and writes; ``kept`` bytes are for inputs that are
+    kept for several sweeps.
+    """
+
+    window: int
+    kept: int
+
+    @classmethod
+    def of(cls, memory: int, threads: int) -> "Budget":
+        """Divide ``memory`` bytes.
+
+        Raises:
+            MergeError: That is too little to work with.
+
+        """
+        least = _FIXED + threads * (1 << 20) * 2
+        if memory < least:
+            raise MergeError(
+                f"memory: {memory >> 20} MB is too little for {threads} threads; give {-(-least >> 20)} MB or more"
+            )
+        window = min(WINDOW, (memory - _FIXED) // (2 * threads))
+        return cls(window, max(0, memory - _FIXED - threads * window))
+
+
+def run(
+    job: Job,
+    sink: Sink,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    nonfinite: Nonfinite = "error",
+    memory: int = 512 << 20,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Merge and copy what the sink does not have yet.
+
+    Args:
+        job: What to do.
+        sink: Where the tensors go.
+        backend: "auto", "numpy" or "numba".
+        threads: How many threads read, compute and write; ``None`` for all processors that the process may use.
+        nonfinite: Whether NaN and infinities in the inputs are errors.
+        memory: Bytes that may be allocated, beside what the process has already.
+        advance: Called with numbers of elements that have been written (or need not be any more).
+
+    Raises:
+        MergeError: As `mergekit_cl.merge`, and for files that are damaged, or changed while they are read.
+
+    """
+    check_backend(backend)
+    threads = threads or processors()
+    budget = Budget.of(memory, threads)
+    check_memory(job, memory, threads)
+    for plan in job.plans:
+        left = _without(plan, sink.done)
+        advance(_elements(plan.items) - _elements(left.items))
+        for part, kept in _parts(left, budget.kept):
+            _merge(part, sink, kept, backend, threads, nonfinite, budget, advance)
+    _copy({name: source for name, source in job.copies.items() if name not in sink.done}, sink, threads, advance)
+    advance(sum(prod(source.shape) for name, source in job.copies.items() if name in sink.done))
+    for file in job.files:
+        file.check_unchanged()
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a backend that does not work on files."""
+    if backend == "triton":
+        raise BackendError('backend="triton" merges what is on a GPU; files are merged by "numba" or "numpy"')
+    kernels.load(backend, "cpu")
+
+
+def check_memory(job: Job, memory: int, threads: int | None) -> None:
+    """Refuse a budget that some tensor of the job does not fit into, before anything is read.
+
+    Raises:
+        MergeError: One message lists all tensors, with what they need.
+
+    """
+    threads = threads or processors()
+    budget = Budget.of(memory, threads)
+    problems = []
+    for plan in job.plans:
+        along = _along(plan)
+        for _, items in plan.scopes if along else ():
+            for item in items:
+                row = item.shape[-1] if along == "rows" and item.shape else prod(item.shape)
+                need, room = row * _width(item), budget.kept if along == "columns" else budget.window + budget.kept // threads
+                if need > room:
+                    problems.append(
+                        f"{tensor(item.name)}: {plan.method.name} looks at whole {along}, {need >> 20} MB at once, but memory "
+                        f"leaves room for {room >> 20} MB; give it {-(-(memory + need - room) >> 20)} MB"
+                    )
+    if problems:
+        raise MergeError(listing(problems))
+
+
+def _without(plan: Plan, done: frozenset[str]) -> Plan:
+    """Leave out what is there already. A scope that lacks one of its tensors has to look at all of them again."""
+    scopes = tuple((scope, items) for scope, items in plan.scopes if any(item.name not in done for item in items))
+    return replace(plan, scopes=scopes, exact=tuple(item for item in plan.exact if item.name not in done))
+
+
+def _parts(plan: Plan, room: int) -> Iterator[tuple[Plan, bool]]:
+    """Cut a plan into parts that are merged one after another; tell of each whether its inputs are kept in memory."""
+    if not plan.method.surveys:
+        yield plan, False
+        return
+    if plan.exact:
+        yield replace(plan, scopes=()), False
+    columns = _along(plan) == "columns"
+    group: list[Any] = []
+    size = 0
+    for scope, items in plan.scopes:
+        need = sum(prod(item.shape) * _width(item) for item in items)
+        if group and size + need > room // 2:  # half of it: what is kept for one part is given back late
+            yield replace(plan, scopes=tuple(group), exact=()), True
+            group, size = [], 0
+        if need > room and not columns:
+            yield replace(plan, scopes=((scope, items),), exact=()), False
+        else:
+            group.append((scope, items))
+            size += need
+    if group:
+        yield replace(plan, scopes=tuple(group), exact=()), True
+
+
+def _merge(
+    plan: Plan, sink: Sink, kept: bool, backend: str, threads: int, nonfinite: Nonfinite, budget: Budget, advance: Advance
+) -> None:
+    """Merge a part of a plan."""
+    whole: dict[str, Array] = {}
+    columns = _along(plan) == "columns"
+
+    def output(item: Item) -> Span:
+        if columns:  # every piece of it is in all windows
+            return whole.setdefault(item.name, np.empty(prod(item.shape), numpy_dtype(item.dtype)))
+        return Outgoing(item.dtype, prod(item.shape), drop if item.name in sink.done else partial(sink.write, item.name))
+
+    def drop(first: int, data: Array) -> None:
+        """Leave alone what an earlier run has written."""
+
+    spans = {item.name: tuple(map(_span, item.leaves)) for item in plan.items}
+    if kept:
+        spans = _load(spans, threads)
+    executor = Executor(
+        plan, backend=backend, threads=threads, nonfinite=nonfinite, spans=spans, outputs=output, window=budget.window
+    )
+    executor.run(advance)
+    for name, values in whole.items():
+        if name not in sink.done:
+            sink.write(name, 0, values)
+
+
+def _load(spans: Mapping[str, tuple[Span, ...]], threads: int) -> dict[str, tuple[Span, ...]]:
+    """Read all tensors into memory, side by side."""
+    loaded: dict[str, tuple[Span, ...]] = {}
+    tasks: list[list[tuple[Incoming, int, int, Array]]] = []
+    room = 0
+    for name, row in spans.items():
+        arrays: list[Span] = []
+        for span in row:
+            array = span
+            if isinstance(span, Incoming):
+                array = np.empty(len(span), span.dtype)
+                step = max(BLOCK, _LOADED // span.dtype.itemsize // BLOCK * BLOCK)
+                for start in range(0, len(span), step):
+                    part = array[start : start + step]
+                    if room < part.nbytes:
+                        tasks.append([])
+                        room = _LOADED
+                    tasks[-1].append((span, start, start + len(part), part))
+                    room -= part.nbytes
+            arrays.append(array)
+        loaded[name] = tuple(arrays)
+    for _ in _in_threads(_read, tasks, threads):
+        pass
+    return loaded
+
+
+def _read(tasks: Iterable[tuple[Incoming, int, int, Array]]) -> None:
+    for span, start, stop, out in tasks:
+        span.read(start, stop, out)
+
+
+def _copy(copies: Mapping[str, Stored], sink: Sink, threads: int, advance: Advance) -> None:
+    """Copy tensors byte for byte, whatever their dtype is."""
+    tasks = []
+    for name, source in copies.items():
+        bits = replace(source, stored_dtype=f"uint{8 * source.itemsize}")
+        step = max(BLOCK, _LOADED // bits.itemsize // BLOCK * BLOCK)
+        length = prod(source.shape)
+        tasks += [(name, bits, at, min(at + step, length)) for at in range(0, length, step)]
+
+    def copy(task: tuple[str, Stored, int, int]) -> None:
+        name, bits, start, stop = task
+        elements = np.empty(stop - start, bits.dtype)
+        bits.read(start, stop, elements)
+        sink.write(name, start, elements.view(np.uint8))
+
+    for task in _in_threads(copy, tasks, threads):
+        advance(task[3] - task[2])
+
+
+def _in_threads(work: Callable[[Any], object], tasks: Sequence[Any], threads: int) -> Iterator[Any]:
+    """Do some tasks in threads; yield each when it is done."""
+    with ThreadPoolExecutor(threads) as pool:
+        for task, _ in zip(tasks, pool.map(work, tasks), strict=True):
+            yield task
+
+
+def _along(plan: Plan) -> str | None:
+    """Return what slices of tensors a plan's method looks at first, "rows" or "columns", if any."""
+    if not plan.method.surveys or not plan.scopes:
+        return None
+    run = plan.method(plan.scopes[0][0], **plan.parameters)
+    survey = next(run, None)
+    run.close()
+    return survey.along if isinstance(survey, Gram) else None
+
+
+def _span(leaf: Any) -> Span:
+    if _is_source(leaf):
+        return Incoming(leaf)
+    library = library_of(leaf)
+    assert library is not None
+    return library.span(leaf)
+
+
+def _is_source(leaf: Any) -> bool:
+    return hasattr(leaf, "read") and hasattr(leaf, "files")
+
+
+def _width(item: Item) -> int:
+    """Bytes that one element takes in all inputs, and in the result."""
+    return sum(numpy_dtype(leaf.dtype).itemsize for leaf in item.leaves if _is_source(leaf)) + numpy_dtype(item.dtype).itemsize
+
+
+def _elements(items: Iterable[Item]) -> int:
+    return sum(prod(item.shape) for item in items)

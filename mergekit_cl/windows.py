@@ -1,0 +1,160 @@
+"""Spans that are not in memory as a whole: read from a checkpoint, and written to one, a window at a time.
+
+Kernels take them as any other span: a table of windows says where the elements of whole tensors would begin in memory, and
+only the pieces that a call is given are there. So an entry has the same index, and the same result, in every window.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from threading import local
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mergekit_cl.checkpoint.stored import Source, numpy_dtype
+from mergekit_cl.kernels import Array, Slices, Span, Table, address
+
+_ALIGNED = 64  # bytes: a line of the cache
+
+
+class Incoming:
+    """A tensor of a checkpoint as a span; nothing of it is in memory until a window is read."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.dtype = numpy_dtype(source.dtype)
+        self._length = prod(source.shape)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Read elements from ``start`` to ``stop`` into a 1-D array."""
+        self.source.read(start, stop, out)
+
+
+class Outgoing:
+    """A tensor that is written as windows of it are computed; ``write`` gets its first element's number, and the elements."""
+
+    def __init__(self, dtype: str, length: int, write: Callable[[int, Array], None]) -> None:
+        self.dtype = numpy_dtype(dtype)
+        self.write = write
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+
+class Window:
+    """The elements of a span from number ``first`` on, as many as ``array`` holds; sliced by the span's own numbers."""
+
+    __slots__ = ("_length", "array", "dtype", "first")
+
+    def __init__(self, array: Array, first: int, length: int) -> None:
+        self.array, self.first, self.dtype, self._length = array, first, array.dtype, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> Array:
+        return self.array[part.start - self.first : part.stop - self.first]
+
+    def __setitem__(self, part: slice, values: Any) -> None:
+        self.array[part.start - self.first : part.stop - self.first] = values
+
+    def data_ptr(self) -> int:
+        """Address at which the span's first element would be."""
+        return address(self.array) - self.first * self.dtype.itemsize
+
+
+def on_disk(span: Span) -> bool:
+    """Whether a span has to be read or written a window at a time."""
+    return isinstance(span, Incoming | Outgoing)
+
+
+def sampled(span: Span, length: int, step: int, run: int) -> Span:
+    """Copy the first ``run`` of every ``step`` elements, up to ``length``, a multiple of ``step``."""
+    if not isinstance(span, Incoming):
+        return span[:length].reshape(-1, step)[:, :run].reshape(-1)
+    sample = np.empty(length // step * run, span.dtype)
+    for number in range(length // step):
+        span.read(number * step, number * step + run, sample[number * run : (number + 1) * run])
+    return sample
+
+
+def portions(span: Span, size: int) -> Iterator[Span]:
+    """Yield the elements of a span, ``size`` at a time; what a portion holds may be gone when the next one comes."""
+    lazy = isinstance(span, Incoming)
+    buffer = np.empty(min(size, len(span)) if lazy else 0, span.dtype if lazy else np.uint8)
+    for start in range(0, len(span), size):
+        stop = min(start + size, len(span))
+        if lazy:
+            span.read(start, stop, buffer[: stop - start])
+        yield buffer[: stop - start] if lazy else span[start:stop]
+
+
+class Windows:
+    """Calls kernels for windows of tables; every thread has a buffer that it uses again and again."""
+
+    def __init__(self) -> None:
+        self._own = local()
+
+    def call(
+        self, kernel: Callable[[Table, Array], Any], table: Table, slices: Slices | None, pieces: npt.NDArray[np.int64]
+    ) -> Any:
+        """Read the pieces of the inputs that are on disk, call the kernel, and write the pieces of the outputs."""
+        ranges = _ranges(slices, pieces)
+        lazy = [(row, column, *ranges[row]) for row in ranges for column, span in enumerate(table.spans[row]) if on_disk(span)]
+        sizes = [
+            -(-(stop - start) * table.spans[row][column].dtype.itemsize // _ALIGNED) * _ALIGNED
+            for row, column, start, stop in lazy
+        ]
+        memory = self._buffer(sum(sizes))
+        rows: list[Sequence[Span]] = [()] * len(table.spans)
+        for row in ranges:
+            rows[row] = list(table.spans[row])
+        place = 0
+        for (row, column, start, stop), size in zip(lazy, sizes, strict=True):
+            span = table.spans[row][column]
+            array = memory[place : place + (stop - start) * span.dtype.itemsize].view(span.dtype)
+            place += size
+            if isinstance(span, Incoming):
+                span.read(start, stop, array)
+            rows[row][column] = Window(array, start, len(span))  # type: ignore[index]
+        result = kernel(_part(table, rows, list(ranges)), pieces)
+        for row, column, start, _ in lazy:
+            span = table.spans[row][column]
+            if isinstance(span, Outgoing):
+                span.write(start, rows[row][column].array)
+        return result
+
+    def _buffer(self, size: int) -> Array:
+        memory: Array | None = getattr(self._own, "memory", None)
+        if memory is None or len(memory) < size:
+            self._own.memory = None
+            whole = np.empty(size + _ALIGNED, np.uint8)
+            self._own.memory = memory = whole[-address(whole) % _ALIGNED :][:size]
+        return memory
+
+
+def _ranges(slices: Slices | None, pieces: npt.NDArray[np.int64]) -> dict[int, tuple[int, int]]:
+    """Return for each row that has pieces the elements from the first of them to the last."""
+    ranges: dict[int, tuple[int, int]] = {}
+    for row, start, stop in pieces.tolist():
+        if slices is not None:
+            length = int(slices.lengths[row])
+            start, stop = start * length, stop * length
+        known = ranges.get(row)
+        ranges[row] = (start, stop) if known is None else (min(start, known[0]), max(stop, known[1]))
+    return ranges
+
+
+def _part(table: Table, spans: Sequence[Sequence[Span]], rows: Sequence[int]) -> Table:
+    """Make a table of windows: that of the whole tensors, but with memory in these rows only."""
+    part = Table(spans)
+    addresses = np.zeros((len(spans), len(table.dtypes)), np.int64)
+    for row in rows:
+        addresses[row] = [address(span) for span in spans[row]]
+    part.__dict__.update(dtypes=table.dtypes, lengths=table.lengths, addresses=addresses)
+    return part
