@@ -99,6 +99,31 @@ def _race_columns(row: Row) -> dict[str, str]:
     }
 
 
+def _process_columns(row: Row) -> dict[str, str]:
+    """Compare whole processes: their time, and the most anonymous memory of any of their runs."""
+    (name, _), *_ = row["seconds"].items()
+    return {
+        **_race_columns(row),
+        f"{name}, GB/s": f"{row['bytes'] / row['seconds'][name][0] / 1e9:.3g}",
+        **{f"{contender}, peak MB": f"{most['anonymous'] / 1e6:,.0f}" for contender, most in row["most"].items()},
+        **{f"{name}, GB {kind}": f"{row['most'][name][kind] / 1e9:.3g}" for kind in ("read", "written")},
+    }
+
+
+def _growth_columns(row: Row) -> dict[str, str]:
+    """Show what a merge costs beyond a process that does nothing."""
+    (name, ours), (_, nothing) = row["seconds"].items()
+    above = ours[0] - nothing[0], ours[1] - nothing[1]
+    return {
+        **_case(row),
+        "above nothing, s": _seconds(above),
+        "above nothing, ms per tensor": f"{1e3 * above[0] / row['case']['tensors']:.3g}",
+        "above nothing, GB/s": f"{row['bytes'] / above[0] / 1e9:.3g}",
+        **{f"{contender}, s": _seconds(times) for contender, times in row["seconds"].items()},
+        f"{name}, peak MB": f"{row['most'][name]['anonymous'] / 1e6:,.0f}",
+    }
+
+
 def _first_call_columns(row: Row) -> dict[str, str]:
     return {**_case(row), **{f"{name}, s": f"{seconds:.3g}" for name, seconds in row["seconds"].items()}}
 
@@ -128,6 +153,10 @@ TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
     "methods": ("Merge methods on bfloat16 state dicts of 64 Mi elements", _method_columns),
     "accuracy": ("Errors in bfloat16, against the same merge in float64", _accuracy_columns),
     "sfa_step": ("A step of SFA on a PyTorch model", _race_columns),
+    "recipes": ("Recipes of mergekit, in float32, against mergekit", _accuracy_columns),
+    "checkpoints": ("Whole processes, beside mergekit-yaml", _process_columns),
+    "checkpoint_memory": ("Models four times the size", _process_columns),
+    "checkpoint_growth": ("linear of models that grow", _growth_columns),
     "first_call": ("The first call of a process", _first_call_columns),
 }
 
