@@ -23,6 +23,7 @@ from mergekit_cl.plan import Item, Plan
 from mergekit_cl.steps import Gram
 from mergekit_cl.windows import Incoming, Outgoing
 
+_SMALL = 4 << 20  # elements of a job that NumPy has merged before numba is imported
 _LOADED = 4 << 20  # bytes of a tensor that a thread loads at a time
 _FIXED = 96 << 20  # bytes for what is not the data of tensors: counters, scratch, names, code that is compiled
 
@@ -45,6 +46,11 @@ class Job:
 
     plans: tuple[Plan, ...]
     copies: Mapping[str, Stored]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether starting a compiler would take longer than the merge."""
+        return sum(_elements(plan.items) for plan in self.plans) <= _SMALL
 
     @property
     def files(self) -> list[DataFile]:
@@ -108,6 +114,8 @@ def run(
 
     """
     check_backend(backend)
+    if backend == "auto" and job.is_small and not any(plan.method.surveys for plan in job.plans):
+        backend = "numpy"  # the same bits
     threads = threads or processors()
     budget = Budget.of(memory, threads)
     check_memory(job, memory, threads)

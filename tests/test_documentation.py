@@ -3,14 +3,17 @@
 import doctest
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mergekit_cl
+from mergekit_cl.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -40,7 +43,8 @@ def test_the_table_of_methods_is_the_registry() -> None:
     assert with_methods_table(README.read_text()) == README.read_text(), "run: make docs"
 
 
-def test_snippets_of_the_readme_run() -> None:
+def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(snippets) >= 4
     scope: dict[str, object] = {"__name__": "readme"}
@@ -48,6 +52,13 @@ def test_snippets_of_the_readme_run() -> None:
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), scope)
     assert "clipped_average" in mergekit_cl.methods()
+    commands = re.findall(r"^mergekit-cl ((?:merge|run|verify) [^#\n]*)", README.read_text(), flags=re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, (command, result.output)
+    weights = [(tmp_path / "models" / name / "model.safetensors").read_bytes() for name in ("merged", "average", "again")]
+    assert weights[0] == weights[1] == weights[2]
 
 
 def test_files_that_are_linked_exist() -> None:
