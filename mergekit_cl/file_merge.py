@@ -7,7 +7,7 @@ and configurations, and all that they tell of has been checked. `FileMerge.descr
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 
 from mergekit_cl.assembly import Assembly, assemble, input_embedding, is_head, said_tied
-from mergekit_cl.checkpoint.folder import Checkpoint, check_not_quantised, open_checkpoint
-from mergekit_cl.checkpoint.lora import merge_adapters, refuse_adapters
+from mergekit_cl.checkpoint.folder import Checkpoint, open_checkpoint
+from mergekit_cl.checkpoint.lora import is_adapter, merge_adapters
 from mergekit_cl.checkpoint.reference import ModelRef, Opened, open_reference
 from mergekit_cl.checkpoint.stored import DataFile, Source, Stored, numpy_dtype
 from mergekit_cl.checkpoint.writer import Output, Writer
@@ -263,8 +263,6 @@ def prepare_models(
     rule = chosen(only, exclude)
     faults = Faults()
     with faults:
-        _check_inputs(opened, method.name)
-    with faults:
         check_globs(only, exclude, donor.layout)
     with faults:
         method.resolve({name: value for name, value in parameters.items() if name != "scope"}, len(models))
@@ -329,8 +327,6 @@ def prepare_recipe(
     faults.report()
     donor = opened[recipe.donor]
     with faults:
-        _check_inputs(opened.values(), recipe.method)
-    with faults:
         check_globs(options.only, options.exclude, donor.tensors)
     with faults:
         assembly = assemble(recipe, opened, chosen(options.only, options.exclude))
@@ -383,16 +379,6 @@ def _without_tied_heads(inputs: Sequence[Model], donor: Model, labels: Sequence[
                 result[index] = replace(model, layout=layout, leaves={**model.leaves, name: leaf})
                 notes.append(f'{labels[index]}: its input embedding stands in for "{name}", which is tied to it')
     return result, tuple(notes)
-
-
-def _check_inputs(opened: Iterable[Opened], method: str) -> None:
-    """Refuse checkpoints that are not plain weights: adapters, quantised models."""
-    opened = list(opened)
-    if any(is_adapter(each.checkpoint) for each in opened):
-        raise refuse_adapters(method)
-    problems = [problem for each in opened for problem in check_not_quantised(each.checkpoint)]
-    if problems:
-        raise CheckpointError(listing(list(dict.fromkeys(problems))))
 
 
 def _check_copies(copies: Mapping[str, Any]) -> None:
@@ -539,11 +525,6 @@ def prepare_adapters(
     if rank is not None:
         rank = Parameter("rank", int, range=Between(1)).check(rank, f"{method}:")
     return AdapterMerge(target, tuple(opened), cast(Literal["cat", "svd"], method), weights, rank, out_dtype)
-
-
-def is_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is a PEFT adapter."""
-    return checkpoint.is_folder and (checkpoint.path / "adapter_config.json").exists()
 
 
 # What lies beside the weights

@@ -119,6 +119,7 @@ def run(
     threads = threads or processors()
     budget = Budget.of(memory, threads)
     check_memory(job, memory, threads)
+    _allow_open_files(len(job.files))
     for plan in job.plans:
         left = _without(plan, sink.done)
         advance(_elements(plan.items) - _elements(left.items))
@@ -160,6 +161,18 @@ def check_memory(job: Job, memory: int, threads: int | None) -> None:
                     )
     if problems:
         raise MergeError(listing(problems))
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the number of files that the process may have open as far as it may itself; each input stays open."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 128
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _without(plan: Plan, done: frozenset[str]) -> Plan:

@@ -287,9 +287,9 @@ class _Reader:
             return path, revision or None
         if isinstance(value, dict):
             read = self.mapping(value, place, {"path", "revision"})
-            path, revision = read.get("path"), read.get("revision")
-            if isinstance(path, str) and path and isinstance(revision, str | None):
-                return path, revision
+            where, which = read.get("path"), read.get("revision")
+            if isinstance(where, str) and where and isinstance(which, str | None):
+                return where, which
         if needed or value is not None:
             self.problems.append(f"{at(place)}must be a path, or {{path: ..., revision: ...}} with text, not {_shown(value)}")
         return None

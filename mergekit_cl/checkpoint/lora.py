@@ -329,10 +329,17 @@ def merge_adapters(
     return Adapter(tensors, _merged_config(parsed, ranks), energy)
 
 
-def refuse_adapters(method: str) -> CheckpointError:
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds an adapter of PEFT, by its config or the names of its tensors."""
+    if checkpoint.is_folder and (checkpoint.path / "adapter_config.json").exists():
+        return True
+    return any(".lora_A" in name or ".lora_embedding_A" in name for name in checkpoint.tensors)
+
+
+def refuse_adapters(label: str) -> CheckpointError:
     """Build the error for adapters that are merged as if they were models."""
     return CheckpointError(
-        f"{method}: LoRA adapters cannot be merged tensor by tensor: an adapter stands for B @ A, and mean(B) @ mean(A) is not "
+        f"{label}: LoRA adapters cannot be merged tensor by tensor: an adapter stands for B @ A, and mean(B) @ mean(A) is not "
         'mean(B @ A): it mixes each B with the A of the others. Merge them with the combination "cat" (exact) or "svd" (at a '
         'rank), or put each onto its base ("base+adapter") and merge those'
     )

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mergekit_cl.checkpoint.folder import Checkpoint, open_checkpoint
+from mergekit_cl.checkpoint.folder import Checkpoint, check_not_quantised, open_checkpoint
 from mergekit_cl.checkpoint.hub import resolve
-from mergekit_cl.checkpoint.lora import apply_adapter
+from mergekit_cl.checkpoint.lora import apply_adapter, is_adapter, refuse_adapters
 from mergekit_cl.checkpoint.stored import Source
-from mergekit_cl.errors import MergeError
+from mergekit_cl.errors import CheckpointError, MergeError, listing
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ModelRef:
                 f'"{text}" is not path[@revision][+lora[@revision]]; in a recipe, a path that itself has an @ or a + is '
                 "written as {model: {path: ...}}"
             )
-        (path, revision), (lora, lora_revision) = ((*part, None)[:2] for part in [*parts, [None]][:2])
-        return cls(cast(str, path), revision, lora, lora_revision)
+        named = [name for part in parts for name in (part[0], part[1] if len(part) > 1 else None)]
+        return cls(cast(str, named[0]), *named[1:])
 
     def __str__(self) -> str:
         model, lora = (
@@ -79,14 +79,16 @@ def open_reference(what: str | Path | ModelRef) -> Opened:
     """Open a model by its name, or at a path.
 
     Raises:
-        CheckpointError: See `open_checkpoint`, `resolve` and `apply_adapter`.
+        CheckpointError: See `open_checkpoint`, `resolve` and `apply_adapter`; or it is quantised, or an adapter by itself.
 
     """
-    if isinstance(what, Path):
-        checkpoint = open_checkpoint(what)
-        return Opened(checkpoint, None, str(what), checkpoint.tensors)
-    ref = ModelRef.parse(what) if isinstance(what, str) else what
-    checkpoint = open_checkpoint(resolve(ref.path, ref.revision), str(ref))
+    ref = ModelRef(str(what)) if isinstance(what, Path) else ModelRef.parse(what) if isinstance(what, str) else what
+    where = what if isinstance(what, Path) else resolve(ref.path, ref.revision)
+    checkpoint = open_checkpoint(where, str(ref))
+    if is_adapter(checkpoint):
+        raise refuse_adapters(str(ref))
+    if problems := check_not_quantised(checkpoint):
+        raise CheckpointError(listing(problems))
     if ref.lora is None:
         return Opened(checkpoint, None, str(ref), checkpoint.tensors)
     adapter = open_checkpoint(resolve(ref.lora, ref.lora_revision), ref.lora)
