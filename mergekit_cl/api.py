@@ -17,7 +17,8 @@ from mergekit_cl.plan import plan
 from mergekit_cl.registry import Method, find
 
 if TYPE_CHECKING:
-    from mergekit_cl.file_merge import AdapterMerge, FileMerge
+    from mergekit_cl.adapter_merge import AdapterMerge
+    from mergekit_cl.file_merge import FileMerge
 
 ADAPTER_METHODS = ("cat", "svd")
 """The ways to merge LoRA adapters of one base into one adapter."""
@@ -111,6 +112,8 @@ def merge(
                 threads=threads, nonfinite=nonfinite, memory=parse_size(memory, "memory"), advance=advance,
             )  # fmt: skip
         return out
+    if method in ADAPTER_METHODS:
+        raise MergeError(f"{method} merges adapters on disk into a new one; pass out= the path of a folder")
     executor, target, kept = _prepare(
         find(method), models, base, out,
         backend=backend, out_dtype=out_dtype, nonfinite=nonfinite, seed=seed, threads=threads, parameters=parameters,
@@ -135,12 +138,14 @@ def prepare_files(
     parameters: Mapping[str, Any],
 ) -> "FileMerge | AdapterMerge":
     """Prepare a merge into files from arguments of `merge`: read headers, and find what is wrong. Nothing is written."""
-    from mergekit_cl.file_merge import prepare_adapters, prepare_models
+    from mergekit_cl.adapter_merge import prepare_adapters
+    from mergekit_cl.file_merge import prepare_models
 
     dtype = None if out_dtype is None else output_dtype(out_dtype)
     if method in ADAPTER_METHODS:
-        if base is not None:
-            raise MergeError(f"{method} merges adapters of one base into an adapter; leave base= away")
+        given = {"base": base, "only": only, "exclude": exclude}
+        for name in [name for name, value in given.items() if value is not None]:
+            raise MergeError(f"{method} merges adapters of one base into an adapter, as a whole; leave {name}= away")
         return prepare_adapters(models, method, Path(out), parameters=parameters, out_dtype=dtype)
     chosen = find(method)
     _check_counts(chosen, models, base)
@@ -212,7 +217,8 @@ def _prepare(
     if only is not None or exclude is not None:
         donor = opened[0] if opened_base is None else opened_base
         rule = chosen_names(only, exclude)
-        check_globs(only, exclude, donor.layout)
+        every = [*opened, *([] if opened_base is None else [opened_base])]
+        check_globs(only, exclude, dict.fromkeys(name for model in every for name in model.layout))
         kept = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
         _check_kept(donor, target, kept, out is not None or opened[0].own_copy is not None)
         opened = [model.restricted(rule) for model in opened]
@@ -311,9 +317,9 @@ def _check_counts(method: Method, models: Sequence[Any], base: Any) -> None:
             f"{' (the base is passed as base=, not in the list)' if method.base == 'required' else ''}"
         )
     if method.base == "required" and base is None:
-        raise MergeError(f"{method.name} needs the model that the others were fine-tuned from: pass base=...")
+        raise MergeError(f"{method.name} needs the model that the others were fine-tuned from: pass base=... (--base)")
     if method.base == "unused" and base is not None:
-        raise MergeError(f"{method.name} has no use for a base; leave base= away, or list it among the models")
+        raise MergeError(f"{method.name} has no use for a base; leave base= (--base) away, or list it among the models")
 
 
 def _check_out_dtype(target: Model, dtype: str | None) -> None:

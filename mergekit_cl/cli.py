@@ -26,7 +26,9 @@ from mergekit_cl.registry import Method, find
 from mergekit_cl.registry import methods as registered
 
 if TYPE_CHECKING:
-    from mergekit_cl.file_merge import AdapterMerge, FileMerge, Report
+    from mergekit_cl.adapter_merge import AdapterMerge
+    from mergekit_cl.file_merge import FileMerge
+    from mergekit_cl.report import Report
 
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of the copy of it that newer typers bring
@@ -356,7 +358,7 @@ def _carry_out(
     notes: list[str] | None = None,
 ) -> None:
     """Merge, or only tell what would be done."""
-    from mergekit_cl.memory import parse_size
+    from mergekit_cl.memory import anonymous_memory, parse_size
 
     faults = Faults()
     with faults:
@@ -366,20 +368,20 @@ def _carry_out(
     with faults:
         prepared = prepare()
     faults.report()
-    room = _room(limit, threads)
+    held = anonymous_memory() or 0
     every_note = [*prepared.notes, *(notes or [])]
     if not quiet:
         for note in every_note:
             typer.echo(f"note: {note}", err=True)
     if dry_run:
-        prepared.check(memory=room, threads=threads, backend=backend, shard_size=size, overwrite=overwrite)
+        prepared.check(memory=limit, held=held, threads=threads, backend=backend, shard_size=size, overwrite=overwrite)
         _show_plan(prepared.describe(), as_json)
         return
     try:
         with _progress("merging", prepared.traffic, hidden=quiet or as_json) as advance:
             width = prepared.traffic / max(prepared.elements, 1)  # bytes that an element stands for
             report = prepared.run(
-                overwrite=overwrite, verify=verify, shard_size=size, backend=backend, threads=threads, memory=room,
+                overwrite=overwrite, verify=verify, shard_size=size, backend=backend, threads=threads, memory=limit, held=held,
                 nonfinite="allow" if allow_nonfinite else "error", advance=lambda done: advance(done * width),
                 started=lambda tensors: None if quiet or not tensors else typer.echo(
                     f"note: {tensors} of the tensors are there already, by an earlier run that was stopped", err=True
@@ -397,22 +399,6 @@ def _carry_out(
         typer.echo(json.dumps(facts))
     elif not quiet:
         typer.echo(_summary(report, verify))
-
-
-def _room(memory: int, threads: int | None) -> int:
-    """Return the bytes that a merge may allocate: what the process has not yet of --memory."""
-    from mergekit_cl.execute import processors
-    from mergekit_cl.memory import anonymous_memory, shown_size
-    from mergekit_cl.out_of_core import Budget
-
-    held = anonymous_memory() or 0
-    try:
-        Budget.of(memory - held, threads or processors())
-    except MergeError as error:
-        raise MergeError(
-            f"--memory: the program itself has {shown_size(held)}, which leaves {shown_size(max(memory - held, 0))}: {error}"
-        ) from None
-    return memory - held
 
 
 def _summary(report: "Report", verified: bool) -> str:

@@ -166,8 +166,11 @@ class Executor:
             shares = deal(table.lengths, self.threads, chunk)
         if backwards:
             shares.reverse()
-        bound = partial(self._windows.call, call, table, slices) if windowed else partial(call, table)
-        return zip(shares, (self._pool.map if self._pool else map)(bound, shares), strict=True)
+        side_by_side = self._pool.map if self._pool else map
+        if not windowed:
+            return zip(shares, side_by_side(partial(call, table), shares), strict=True)
+        later = [*shares[self.threads :], *[None] * self.threads]
+        return zip(shares, side_by_side(partial(self._windows.call, call, table, slices), shares, later), strict=True)
 
     # Apply
 

@@ -9,23 +9,21 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from fnmatch import fnmatchcase
 from hashlib import blake2b
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
-import yaml
 
-from mergekit_cl.assembly import Assembly, assemble, input_embedding, is_head, said_tied
-from mergekit_cl.checkpoint.folder import Checkpoint, open_checkpoint
-from mergekit_cl.checkpoint.lora import is_adapter, merge_adapters
+from mergekit_cl.assembly import assemble, input_embedding, is_head, said_tied
+from mergekit_cl.checkpoint.folder import Checkpoint
 from mergekit_cl.checkpoint.reference import ModelRef, Opened, open_reference
 from mergekit_cl.checkpoint.stored import DataFile, Source, Stored, numpy_dtype
 from mergekit_cl.checkpoint.writer import Output, Writer
-from mergekit_cl.errors import CheckpointError, Faults, MergeError, listing, unknown
+from mergekit_cl.companions import choose_tokenizer, companions_of, content, recipe_of
+from mergekit_cl.errors import Faults, MergeError, listing
 from mergekit_cl.execute import Advance, Nonfinite, rehearse
 from mergekit_cl.globs import Globs, check_globs, chosen, globs_of
 from mergekit_cl.layout import Entry
@@ -34,21 +32,8 @@ from mergekit_cl.models import Model
 from mergekit_cl.out_of_core import Job, check_backend, check_memory, run
 from mergekit_cl.plan import Plan, plan
 from mergekit_cl.recipe import Options, Recipe, recipe_text
-from mergekit_cl.registry import Between, Method, Parameter, find
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a merge has done: numbers of tensors, bytes, seconds; ``peak`` is anonymous memory, ``None`` where it is unknown."""
-
-    target: Path
-    merged: int
-    copied: int
-    resumed: int
-    read: int
-    written: int
-    seconds: float
-    peak: int | None
+from mergekit_cl.registry import Method, find
+from mergekit_cl.report import Report
 
 
 @dataclass(frozen=True)
@@ -82,9 +67,12 @@ class FileMerge:
 
     @property
     def read(self) -> int:
-        """Bytes of the tensors that are read, each counted once."""
-        merged = [leaf for each in self.job.plans for item in each.items for leaf in item.leaves]
-        return sum(prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize for leaf in (*merged, *self.job.copies.values()))
+        """Bytes that are read from files, each counted once; those of an adapter are left out."""
+        merged = [leaf for each in self.job.plans for item in each.items for leaf in item.leaves if hasattr(leaf, "files")]
+        return sum(
+            leaf.nbytes if isinstance(leaf, Stored) else prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize
+            for leaf in (*merged, *self.job.copies.values())
+        )
 
     def run(
         self,
@@ -96,8 +84,10 @@ class FileMerge:
         threads: int | None = None,
         nonfinite: Nonfinite = "error",
         memory: int = 512 * 10**6,
+        held: int = 0,
         advance: Advance = lambda _: None,
         started: Callable[[int], None] = lambda _: None,
+        verified: Callable[[int], None] = lambda _: None,
     ) -> Report:
         """Merge.
 
@@ -108,13 +98,15 @@ class FileMerge:
             backend: "auto", "numpy" or "numba".
             threads: How many threads to use; ``None`` for all processors.
             nonfinite: Whether NaN and infinities in the inputs are errors.
-            memory: Bytes of memory that may be allocated, beside what the process has already.
+            memory: Bytes of memory that may be allocated.
+            held: Bytes of these that the process has already.
             advance: Called with numbers of elements of the result that are there.
             started: Called with the number of tensors that an earlier run, which was stopped, has left.
+            verified: Called with numbers of bytes that have been read back.
 
         """
         begin = time.perf_counter()
-        self.check(memory=memory, threads=threads, backend=backend, shard_size=shard_size, overwrite=overwrite)
+        self.check(memory=memory, held=held, threads=threads, backend=backend, shard_size=shard_size, overwrite=overwrite)
         before = sum(file.bytes_read for file in self.job.files)
         with (
             Anonymous() as anonymous,
@@ -122,9 +114,10 @@ class FileMerge:
         ):
             started(len(writer.done))
             run(
-                self.job, writer, backend=backend, threads=threads, nonfinite=nonfinite, memory=memory, advance=advance
+                self.job, writer,
+                backend=backend, threads=threads, nonfinite=nonfinite, memory=memory, held=held, advance=advance,
             )  # fmt: skip
-            writer.commit({} if self.single else self.companions, verify=verify)
+            writer.commit({} if self.single else self.companions, verify=verify, advance=verified)
             resumed = len(writer.done)
         for file in self.job.files:
             file.close()
@@ -145,14 +138,21 @@ class FileMerge:
         return self.read + self.written
 
     def check(
-        self, *, memory: int, threads: int | None, backend: str, shard_size: int | None = None, overwrite: bool = False
+        self,
+        *,
+        memory: int,
+        threads: int | None,
+        backend: str,
+        held: int = 0,
+        shard_size: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Find out before a run whether there are memory and disk space for it, and whether the target is free."""
         faults = Faults()
         with faults:
             check_backend(backend)
         with faults:
-            check_memory(self.job, memory, threads)
+            check_memory(self.job, memory, threads, held)
         with faults:
             self._writer("", shard_size, overwrite).check()
         faults.report()
@@ -161,7 +161,7 @@ class FileMerge:
         """Tell what a run would do, in types that JSON has: what becomes of how many tensors; bytes; files."""
         rows: dict[str, list[int]] = {}
         for each in self.job.plans:
-            given = ", ".join(f"{name}={_shown(value)}" for name, value in each.parameters.items())
+            given = ", ".join(f"{name.rstrip('_')}={_shown(value)}" for name, value in each.parameters.items())
             row = rows.setdefault(f"{each.method.name}({given})", [0, 0])
             floating = [item for _, items in each.scopes for item in items]
             row[0] += len(floating)
@@ -217,7 +217,7 @@ class FileMerge:
             for each in self.job.plans
         ]
         copies = [(name, _identity(source)) for name, source in self.job.copies.items()]
-        beside = [(name, blake2b(_content(what)).hexdigest()) for name, what in sorted(self.companions.items())]
+        beside = [(name, blake2b(content(what)).hexdigest()) for name, what in sorted(self.companions.items())]
         everything = [version("mergekit-cl"), self.origin, files, plans, copies, beside, backend, nonfinite]
         return blake2b(json.dumps(everything, default=str).encode(), digest_size=16).hexdigest()
 
@@ -263,7 +263,7 @@ def prepare_models(
     rule = chosen(only, exclude)
     faults = Faults()
     with faults:
-        check_globs(only, exclude, donor.layout)
+        check_globs(only, exclude, dict.fromkeys(name for model in inputs for name in model.layout))
     with faults:
         method.resolve({name: value for name, value in parameters.items() if name != "scope"}, len(models))
     copies = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
@@ -281,8 +281,8 @@ def prepare_models(
     recipe = None
     if len(opened) == len(inputs):
         scope = {"scope": parameters["scope"]} if "scope" in parameters else {}
-        recipe = _recipe_of(method, [each.label for each in opened], planned, scope, out_dtype, seed, only, exclude)
-    companions = _companions(donor.origin, out_dtype, {}, recipe, [each.label for each in opened], method.name)
+        recipe = recipe_of(method, [each.label for each in opened], planned, scope, out_dtype, seed, only, exclude)
+    companions = companions_of(donor.origin, out_dtype, {}, recipe, [each.label for each in opened], method.name)
     there = {item.name for item in planned.items} | copies.keys()
     order = [name for name in dict.fromkeys([*inputs[0].layout, *copies]) if name in there]
     return _file_merge(target, Job((planned,), copies), order, companions, donor.origin, checkpoints, notes, recipe or "")
@@ -327,7 +327,7 @@ def prepare_recipe(
     faults.report()
     donor = opened[recipe.donor]
     with faults:
-        check_globs(options.only, options.exclude, donor.tensors)
+        check_globs(options.only, options.exclude, dict.fromkeys(name for each in opened.values() for name in each.tensors))
     with faults:
         assembly = assemble(recipe, opened, chosen(options.only, options.exclude))
     faults.report()
@@ -349,8 +349,8 @@ def prepare_recipe(
     copies = cast(Mapping[str, Stored], assembly.copied)
     text = recipe_text(recipe, options)
     names = [str(ref) for ref in recipe.models]
-    companions = _companions(donor, assembly.out_dtype, assembly.config_changes, text, names, method.name)
-    _tokenizer(companions, assembly, opened, copy_tokenizer)
+    companions = companions_of(donor, assembly.out_dtype, assembly.config_changes, text, names, method.name)
+    choose_tokenizer(companions, assembly, opened, copy_tokenizer)
     if not write_card:
         companions.pop("README.md", None)
     order = [*(name for part in assembly.parts for name in part.tensors), *copies]
@@ -437,231 +437,7 @@ def _file_merge(
     )
 
 
-# Adapters
-
-
-@dataclass(frozen=True)
-class AdapterMerge:
-    """A merge of LoRA adapters of one base into one adapter that has been prepared."""
-
-    target: Path
-    adapters: tuple[Checkpoint, ...]
-    combination: Literal["cat", "svd"]
-    weights: tuple[float, ...]
-    rank: int | None
-    dtype: str | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def elements(self) -> int:
-        """Elements of the adapters."""
-        return sum(prod(tensor.shape) for adapter in self.adapters for tensor in adapter.tensors.values())
-
-    def run(self, *, overwrite: bool = False, verify: bool = True, advance: Advance = lambda _: None, **_: Any) -> Report:
-        """Merge; the arguments are those of `FileMerge.run`, of which an adapter needs few."""
-        begin = time.perf_counter()
-        with Anonymous() as anonymous:
-            merged = merge_adapters(self.adapters, self.weights, combination=self.combination, rank=self.rank, dtype=self.dtype)
-            outputs = [Output(name, array.shape, array.dtype.name) for name, array in merged.tensors.items()]
-            first = self.adapters[0]
-            beside: dict[str, Path | bytes] = {**first.companions()}
-            beside["adapter_config.json"] = (json.dumps(merged.config, indent=2, ensure_ascii=False) + "\n").encode()
-            with Writer(
-                self.target,
-                outputs,
-                fingerprint=os.urandom(16).hex(),
-                metadata={"format": "pt", **first.metadata},
-                shard_size=None,
-                stem="adapter_model",
-                overwrite=overwrite,
-                inputs=[adapter.path for adapter in self.adapters],
-            ) as writer:
-                for name, array in merged.tensors.items():
-                    writer.write(name, 0, array.reshape(-1))
-                writer.commit(beside, verify=verify)
-        advance(self.elements)
-        files = [file for adapter in self.adapters for file in adapter.files]
-        for file in files:
-            file.close()
-        written = sum(array.nbytes for array in merged.tensors.values())
-        read = sum(file.bytes_read for file in files)
-        return Report(self.target, len(outputs), 0, 0, read, written, time.perf_counter() - begin, anonymous.peak)
-
-    @property
-    def traffic(self) -> int:
-        """Bytes of tensors that are read."""
-        return sum(tensor.nbytes for adapter in self.adapters for tensor in adapter.tensors.values())
-
-    def check(self, **_: Any) -> None:
-        """Nothing is left to check: adapters are small."""
-
-    def describe(self) -> dict[str, Any]:
-        """Tell what a run would do, in types that JSON has."""
-        what = f"{self.combination} of {len(self.adapters)} adapters{f', rank {self.rank}' if self.rank else ''}"
-        row = {"what": what, "tensors": len(self.adapters[0].tensors), "elements": self.elements}
-        return {"target": str(self.target), "tensors": [row], "read": self.traffic, "notes": []}
-
-
-def prepare_adapters(
-    given: Sequence[str | Path], method: str, target: Path, *, parameters: Mapping[str, Any], out_dtype: str | None
-) -> AdapterMerge:
-    """Prepare a merge of LoRA adapters: "cat", exact, or "svd", the best at a rank. Parameters are weight, and rank for svd."""
-    known = {"weight", *(["rank"] if method == "svd" else [])}
-    for name in parameters:
-        if name not in known:
-            raise unknown(f"parameter of {method}", name, known)
-    opened = [open_checkpoint(each) for each in given]
-    problems = [
-        f"{adapter.label}: is not a LoRA adapter (it has no adapter_config.json); {method} merges adapters of one base"
-        for adapter in opened
-        if not is_adapter(adapter)
-    ]
-    if problems:
-        raise CheckpointError(listing(problems))
-    if target.suffix == ".safetensors":
-        raise CheckpointError(f"{target}: an adapter is a folder; pass the path of one")
-    weight, rank = parameters.get("weight", 1.0), parameters.get("rank")
-    weights = Parameter("weight", float, per_model=True).resolve(weight, len(opened), f"{method}:")
-    if rank is not None:
-        rank = Parameter("rank", int, range=Between(1)).check(rank, f"{method}:")
-    return AdapterMerge(target, tuple(opened), cast(Literal["cat", "svd"], method), weights, rank, out_dtype)
-
-
-# What lies beside the weights
-
-
-def _companions(
-    donor: Opened | None,
-    out_dtype: str | None,
-    changes: Mapping[str, Any],
-    recipe: str | None,
-    models: Sequence[str],
-    method: str,
-) -> dict[str, Path | bytes]:
-    """Collect the files of the donor, its config with changes, the recipe, and a model card."""
-    found: dict[str, Path | bytes] = {}
-    if donor is not None:
-        found |= donor.checkpoint.companions()
-        if donor.config is not None and (out_dtype or changes):
-            found["config.json"] = _changed(donor.config, out_dtype, changes)
-    if recipe is not None:
-        found["recipe.yml"] = recipe.encode()
-        found["README.md"] = _card(recipe, models, method).encode()
-    return found
-
-
-def _changed(config: Mapping[str, Any], out_dtype: str | None, changes: Mapping[str, Any]) -> bytes:
-    """Write a config with changes; a dot in a key goes into a part of it, and the dtype is noted where transformers looks."""
-    changed = json.loads(json.dumps(config))
-    for key, value in changes.items():
-        *parts, last = key.split(".")
-        inner = changed
-        for part in parts:
-            inner = inner[part]
-        inner[last] = value
-    if out_dtype:
-        keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]
-        changed |= dict.fromkeys(keys, out_dtype)
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _card(recipe: str, models: Sequence[str], method: str) -> str:
-    """Write the model card: what was merged and how, with the recipe that does it again."""
-    names = list(dict.fromkeys(models))
-    front = yaml.safe_dump(
-        {"base_model": names, "library_name": "transformers", "tags": ["merge", "mergekit_cl"]},
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    paper = find(method).paper
-    listed = "\n".join(f"- {name}" for name in names)
-    return (
-        f"---\n{front}---\n\n# A merge of {len(names)} model{'s' * (len(names) != 1)}\n\n"
-        f"Made with mergekit_cl {version('mergekit-cl')} by the method "
-        f"[{method}]({paper}) from\n\n{listed}\n\nThis recipe makes it again (`mergekit-cl run recipe.yml OUT`):\n\n"
-        f"```yaml\n{recipe.rstrip()}\n```\n"
-    )
-
-
-_TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "spiece*",
-    "*.tiktoken",
-    "chat_template*",
-    "*.spm",
-)
-
-
-def _tokenizer(
-    companions: dict[str, Path | bytes], assembly: Assembly, opened: Mapping[ModelRef, Opened], copy_tokenizer: bool
-) -> None:
-    """Take the tokenizer that the recipe asks for, and its chat template."""
-
-    def is_tokenizer(name: str) -> bool:
-        return any(fnmatchcase(name.lower(), glob) for glob in _TOKENIZER)
-
-    if assembly.tokenizer is not None or not copy_tokenizer:
-        for name in [name for name in companions if is_tokenizer(name)]:
-            del companions[name]
-    if assembly.tokenizer is not None and copy_tokenizer:
-        source = opened[assembly.tokenizer].checkpoint
-        companions |= {name: path for name, path in source.companions().items() if is_tokenizer(name)}
-    if assembly.chat_template is not None:
-        companions["chat_template.jinja"] = assembly.chat_template.encode()
-        beside = companions.get("tokenizer_config.json")
-        if beside is not None:
-            config = json.loads(_content(beside))
-            if isinstance(config, dict) and config.pop("chat_template", None) is not None:
-                companions["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _recipe_of(
-    method: Method,
-    names: Sequence[str],
-    planned: Plan,
-    scope: Mapping[str, Any],
-    out_dtype: str | None,
-    seed: int,
-    only: Globs,
-    exclude: Globs,
-) -> str:
-    """Write the recipe that does the same as the arguments."""
-    models = names[: planned.models]
-    shared: dict[str, Any] = dict(scope)
-    own: list[dict[str, Any]] = [{} for _ in models]
-    for name, value in planned.parameters.items():
-        if method.parameters[name].per_model:
-            for place, each in zip(own, value, strict=True):
-                place[name.rstrip("_")] = each
-        else:
-            shared[name.rstrip("_")] = value
-    recipe: dict[str, Any] = {"merge_method": method.name}
-    if planned.has_base:
-        recipe["base_model"] = names[-1]
-    recipe["models"] = [
-        {"model": model, **({"parameters": parameters} if parameters else {})}
-        for model, parameters in zip(models, own, strict=True)
-    ]
-    if shared:
-        recipe["parameters"] = shared
-    if out_dtype:
-        recipe["out_dtype"] = out_dtype
-    more = {"seed": seed or None, "only": globs_of("only", only), "exclude": globs_of("exclude", exclude)}
-    if any(more.values()):
-        recipe["mergekit_cl"] = {name: value for name, value in more.items() if value}
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-
-
 # Small things
-
-
-def _content(what: Path | bytes) -> bytes:
-    return what if isinstance(what, bytes) else what.read_bytes()
 
 
 def _shown(value: object) -> str:

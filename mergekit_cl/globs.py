@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from mergekit_cl.errors import MergeError, listing
 
@@ -12,10 +12,10 @@ Globs: TypeAlias = str | Iterable[str] | None
 
 def globs_of(option: str, globs: Globs) -> list[str]:
     """List the globs that an option was given."""
-    found = [globs] if isinstance(globs, str) else list(globs or ())
+    found: list[object] = [globs] if isinstance(globs, str) or not isinstance(globs, Iterable | None) else list(globs or ())
     if not all(isinstance(glob, str) and glob for glob in found):
         raise MergeError(f"{option}={globs!r}: must be a glob on the names of tensors, or a list of them")
-    return found
+    return cast(list[str], found)
 
 
 def chosen(only: Globs, exclude: Globs) -> Callable[[str], bool]:

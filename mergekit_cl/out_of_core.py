@@ -72,20 +72,22 @@ class Budget:
     kept: int
 
     @classmethod
-    def of(cls, memory: int, threads: int) -> "Budget":
-        """Divide ``memory`` bytes.
+    def of(cls, memory: int, threads: int, held: int = 0) -> "Budget":
+        """Divide ``memory`` bytes, of which the process has ``held`` already.
 
         Raises:
             MergeError: That is too little to work with.
 
         """
-        least = _FIXED + threads * (1 << 20) * 2
-        if memory < least:
+        room, least = memory - held, _FIXED + threads * (1 << 20) * 2
+        if room < least:
+            by_others = f" ({held / 1e6:.0f} MB of which the program itself takes)" if held else ""
             raise MergeError(
-                f"memory: {memory >> 20} MB is too little for {threads} threads; give {-(-least >> 20)} MB or more"
+                f"memory: {memory / 1e6:.0f} MB{by_others} are too little for {threads} threads; "
+                f"give {_megabytes(held + least)} MB or more"
             )
-        window = min(WINDOW, (memory - _FIXED) // (2 * threads))
-        return cls(window, max(0, memory - _FIXED - threads * window))
+        window = min(WINDOW, (room - _FIXED) // (2 * threads))
+        return cls(window, room - _FIXED - threads * window)
 
 
 def run(
@@ -95,7 +97,8 @@ def run(
     backend: str = "auto",
     threads: int | None = None,
     nonfinite: Nonfinite = "error",
-    memory: int = 512 << 20,
+    memory: int = 512 * 10**6,
+    held: int = 0,
     advance: Advance = lambda _: None,
 ) -> None:
     """Merge and copy what the sink does not have yet.
@@ -106,7 +109,8 @@ def run(
         backend: "auto", "numpy" or "numba".
         threads: How many threads read, compute and write; ``None`` for all processors that the process may use.
         nonfinite: Whether NaN and infinities in the inputs are errors.
-        memory: Bytes that may be allocated, beside what the process has already.
+        memory: Bytes that may be allocated.
+        held: Bytes of these that the process has already.
         advance: Called with numbers of elements that have been written (or need not be any more).
 
     Raises:
@@ -117,13 +121,17 @@ def run(
     if backend == "auto" and job.is_small and not any(plan.method.surveys for plan in job.plans):
         backend = "numpy"  # the same bits
     threads = threads or processors()
-    budget = Budget.of(memory, threads)
-    check_memory(job, memory, threads)
+    budget = Budget.of(memory, threads, held)
+    check_memory(job, memory, threads, held)
     _allow_open_files(len(job.files))
     for plan in job.plans:
         left = _without(plan, sink.done)
         advance(_elements(plan.items) - _elements(left.items))
-        for part, kept in _parts(left, budget.kept):
+        parts = list(_parts(left, budget.kept))
+        for number, (part, kept) in enumerate(parts):
+            for following, soon in parts[number + 1 : number + 2]:
+                if soon:
+                    _announce(following)
             _merge(part, sink, kept, backend, threads, nonfinite, budget, advance)
     _copy({name: source for name, source in job.copies.items() if name not in sink.done}, sink, threads, advance)
     advance(sum(prod(source.shape) for name, source in job.copies.items() if name in sink.done))
@@ -138,7 +146,7 @@ def check_backend(backend: str) -> None:
     kernels.load(backend, "cpu")
 
 
-def check_memory(job: Job, memory: int, threads: int | None) -> None:
+def check_memory(job: Job, memory: int, threads: int | None, held: int = 0) -> None:
     """Refuse a budget that some tensor of the job does not fit into, before anything is read.
 
     Raises:
@@ -146,19 +154,22 @@ def check_memory(job: Job, memory: int, threads: int | None) -> None:
 
     """
     threads = threads or processors()
-    budget = Budget.of(memory, threads)
+    budget = Budget.of(memory, threads, held)
     problems = []
     for plan in job.plans:
         along = _along(plan)
-        for _, items in plan.scopes if along else ():
-            for item in items:
-                row = item.shape[-1] if along == "rows" and item.shape else prod(item.shape)
-                need, room = row * _width(item), budget.kept if along == "columns" else budget.window + budget.kept // threads
-                if need > room:
-                    problems.append(
-                        f"{tensor(item.name)}: {plan.method.name} looks at whole {along}, {need >> 20} MB at once, but memory "
-                        f"leaves room for {room >> 20} MB; give it {-(-(memory + need - room) >> 20)} MB"
-                    )
+        for item in (item for _, items in plan.scopes for item in items) if along else ():
+            if along == "columns":
+                need, room = prod(item.shape) * _width(item), budget.kept
+                share = 1 if budget.window == WINDOW else 2
+            else:
+                row = item.shape[-1] if item.shape else 1
+                need, room, share = row * _width(item), budget.window + budget.kept // threads, threads
+            if need > room:
+                problems.append(
+                    f"{tensor(item.name)}: {plan.method.name} looks at whole {along}, {_megabytes(need)} MB at once, but "
+                    f"memory leaves room for {room // 10**6} MB; give it {_megabytes(memory + (need - room) * share)} MB"
+                )
     if problems:
         raise MergeError(listing(problems))
 
@@ -203,6 +214,14 @@ def _parts(plan: Plan, room: int) -> Iterator[tuple[Plan, bool]]:
             size += need
     if group:
         yield replace(plan, scopes=tuple(group), exact=()), True
+
+
+def _announce(plan: Plan) -> None:
+    """Tell the system what will be read when the present part is merged."""
+    for item in plan.items:
+        for span in map(_span, item.leaves):
+            if isinstance(span, Incoming):
+                span.announce(0, len(span))
 
 
 def _merge(
@@ -314,6 +333,10 @@ def _is_source(leaf: Any) -> bool:
 def _width(item: Item) -> int:
     """Bytes that one element takes in all inputs, and in the result."""
     return sum(numpy_dtype(leaf.dtype).itemsize for leaf in item.leaves if _is_source(leaf)) + numpy_dtype(item.dtype).itemsize
+
+
+def _megabytes(size: int) -> int:
+    return -(-size // 10**6)
 
 
 def _elements(items: Iterable[Item]) -> int:

@@ -7,13 +7,15 @@ only the pieces that a call is given are there. So an entry has the same index, 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from threading import local
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_cl.checkpoint.stored import Source, numpy_dtype
+from mergekit_cl.checkpoint.stored import Source, Stored, numpy_dtype
 from mergekit_cl.kernels import Array, Slices, Span, Table, address
+
+Pieces: TypeAlias = npt.NDArray[np.int64]
 
 _ALIGNED = 64  # bytes: a line of the cache
 
@@ -32,6 +34,11 @@ class Incoming:
     def read(self, start: int, stop: int, out: Array) -> None:
         """Read elements from ``start`` to ``stop`` into a 1-D array."""
         self.source.read(start, stop, out)
+
+    def announce(self, start: int, stop: int) -> None:
+        """Tell the system that these elements will be read soon, if they lie in a file as they are."""
+        if isinstance(self.source, Stored):
+            self.source.file.advise(self.source.offset + start * self.source.itemsize, (stop - start) * self.source.itemsize)
 
 
 class Outgoing:
@@ -101,9 +108,21 @@ class Windows:
         self._own = local()
 
     def call(
-        self, kernel: Callable[[Table, Array], Any], table: Table, slices: Slices | None, pieces: npt.NDArray[np.int64]
+        self,
+        kernel: Callable[[Table, Array], Any],
+        table: Table,
+        slices: Slices | None,
+        pieces: Pieces,
+        later: Pieces | None = None,
     ) -> Any:
-        """Read the pieces of the inputs that are on disk, call the kernel, and write the pieces of the outputs."""
+        """Read the pieces of the inputs that are on disk, call the kernel, and write the pieces of the outputs.
+
+        ``later`` are pieces that will be needed soon: the system may fetch them meanwhile.
+        """
+        for row, (start, stop) in _ranges(slices, later).items() if later is not None else ():
+            for span in table.spans[row]:
+                if isinstance(span, Incoming):
+                    span.announce(start, stop)
         ranges = _ranges(slices, pieces)
         lazy = [(row, column, *ranges[row]) for row in ranges for column, span in enumerate(table.spans[row]) if on_disk(span)]
         sizes = [
@@ -138,7 +157,7 @@ class Windows:
         return memory
 
 
-def _ranges(slices: Slices | None, pieces: npt.NDArray[np.int64]) -> dict[int, tuple[int, int]]:
+def _ranges(slices: Slices | None, pieces: Pieces) -> dict[int, tuple[int, int]]:
     """Return for each row that has pieces the elements from the first of them to the last."""
     ranges: dict[int, tuple[int, int]] = {}
     for row, start, stop in pieces.tolist():

@@ -72,7 +72,7 @@ def read_header(path: Path) -> tuple[DataFile, list[Stored]]:
         raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: is not a file")
-    file = DataFile(path, status.st_size, status.st_mtime_ns)
+    file = DataFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
     try:
         raw = _header_of(file)
     finally:

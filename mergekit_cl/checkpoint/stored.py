@@ -55,13 +55,14 @@ class Source(Protocol):
 class DataFile:
     """A file whose bytes are read with `os.preadv`. It is opened at the first read, and again in another process.
 
-    ``size`` in bytes and ``mtime_ns`` are those of the time when its header was read; ``digest`` is a hash of the header.
-    ``bytes_read`` counts what has been read since then.
+    ``size`` in bytes, ``mtime_ns`` and ``inode`` are those of the time when its header was read; ``digest`` is a hash of the
+    header. ``bytes_read`` counts what has been read since then.
     """
 
     path: Path
     size: int
     mtime_ns: int
+    inode: int = 0
     digest: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     bytes_read: int = 0
@@ -97,7 +98,7 @@ class DataFile:
             status = self.path.stat()
         except OSError as error:
             raise CheckpointError(f"{self.path}: is gone: {error.strerror}") from error
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != (self.size, self.mtime_ns, self.inode):
             raise CheckpointError(f"{self.path}: was changed while it was read; merge again when nothing writes to it")
 
     def close(self) -> None:
