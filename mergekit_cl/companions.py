@@ -1,5 +1,6 @@
 """What lies beside the weights of a merged checkpoint: config, tokenizer, model card, and the recipe that makes it again."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -20,37 +21,38 @@ from mergekit_cl.registry import Method, find
 
 def companions_of(
     donor: Opened | None,
-    out_dtype: str | None,
+    dtype: str | None,
     changes: Mapping[str, Any],
     recipe: str | None,
     models: Sequence[str],
     method: str,
 ) -> dict[str, Path | bytes]:
-    """Collect the files of the donor, its config with changes, the recipe, and a model card."""
+    """Collect the files of the donor, its config with changes, the recipe, and a model card.
+
+    ``dtype`` is what all floating tensors of the result have, ``changes`` are of the config: a dot in a key goes into a part.
+    """
     found: dict[str, Path | bytes] = {}
     if donor is not None:
         found |= donor.checkpoint.companions()
-        if donor.config is not None and (out_dtype or changes):
-            found["config.json"] = _changed(donor.config, out_dtype, changes)
+        if donor.config is not None and (changed := _changed(donor.config, dtype, changes)) != donor.config:
+            found["config.json"] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
     if recipe is not None:
         found["recipe.yml"] = recipe.encode()
         found["README.md"] = _card(recipe, models, method).encode()
     return found
 
 
-def _changed(config: Mapping[str, Any], out_dtype: str | None, changes: Mapping[str, Any]) -> bytes:
-    """Write a config with changes; a dot in a key goes into a part of it, and the dtype is noted where transformers looks."""
-    changed = json.loads(json.dumps(config))
+def _changed(config: Mapping[str, Any], dtype: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = copy.deepcopy(dict(config))
     for key, value in changes.items():
         *parts, last = key.split(".")
         inner = changed
         for part in parts:
             inner = inner[part]
         inner[last] = value
-    if out_dtype:
-        keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]
-        changed |= dict.fromkeys(keys, out_dtype)
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+    if dtype:
+        changed |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"], dtype)
+    return changed
 
 
 def _card(recipe: str, models: Sequence[str], method: str) -> str:

@@ -282,7 +282,7 @@ def prepare_models(
     if len(opened) == len(inputs):
         scope = {"scope": parameters["scope"]} if "scope" in parameters else {}
         recipe = recipe_of(method, [each.label for each in opened], planned, scope, out_dtype, seed, only, exclude)
-    companions = companions_of(donor.origin, out_dtype, {}, recipe, [each.label for each in opened], method.name)
+    companions = companions_of(donor.origin, _dtype_of([planned]), {}, recipe, [each.label for each in opened], method.name)
     there = {item.name for item in planned.items} | copies.keys()
     order = [name for name in dict.fromkeys([*inputs[0].layout, *copies]) if name in there]
     return _file_merge(target, Job((planned,), copies), order, companions, donor.origin, checkpoints, notes, recipe or "")
@@ -349,7 +349,7 @@ def prepare_recipe(
     copies = cast(Mapping[str, Stored], assembly.copied)
     text = recipe_text(recipe, options)
     names = [str(ref) for ref in recipe.models]
-    companions = companions_of(donor, assembly.out_dtype, assembly.config_changes, text, names, method.name)
+    companions = companions_of(donor, _dtype_of(plans), assembly.config_changes, text, names, method.name)
     choose_tokenizer(companions, assembly, opened, copy_tokenizer)
     if not write_card:
         companions.pop("README.md", None)
@@ -409,6 +409,12 @@ def _plan_of(
         models.append(Model({name: Entry(name, leaf.shape, leaf.dtype) for name, leaf in leaves.items()}, leaves, dict))
     base = models[count] if count < len(models) else None
     return plan(method, models[:count], base, models[0], parameters=parameters, labels=labels, out_dtype=out_dtype, seed=seed)
+
+
+def _dtype_of(plans: Sequence[Plan]) -> str | None:
+    """Name the dtype of the floating tensors of the result, if all that are merged have the same."""
+    dtypes = {item.dtype for each in plans for _, items in each.scopes for item in items}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _file_merge(

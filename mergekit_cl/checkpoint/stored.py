@@ -5,6 +5,7 @@ A mapped file that somebody truncates kills the process; `os.preadv` returns few
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
@@ -89,8 +90,9 @@ class DataFile:
 
     def advise(self, offset: int, length: int) -> None:
         """Tell the system that these bytes will be read soon."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._open(), offset, length, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):  # what is wrong with the file will show when it is read
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._open(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """Refuse a file that was written to, or replaced, since its header was read."""
