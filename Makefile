@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/mergekit-cl demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -42,6 +42,11 @@ class AdapterMerge:
         """Bytes of tensors that are read."""
         return sum(tensor.nbytes for adapter in self.adapters for tensor in adapter.tensors.values())
 
+    @property
+    def written(self) -> int:
+        """Bytes of the tensors of the result."""
+        return sum(array.nbytes for array in self.merged.tensors.values())
+
     @cached_property
     def merged(self) -> Adapter:
         """The result, in memory: adapters are small."""
@@ -62,7 +67,7 @@ class AdapterMerge:
         files = [file for adapter in self.adapters for file in adapter.files]
         for file in files:
             file.close()
-        read, written = sum(file.bytes_read for file in files), self.describe()["written"]
+        read, written = sum(file.bytes_read for file in files), self.written
         count = len(self.merged.tensors)
         return Report(self.target, count, 0, 0, read, written, time.perf_counter() - begin, anonymous.peak)
 
@@ -74,7 +79,7 @@ class AdapterMerge:
             "target": str(self.target),
             "tensors": [{"what": what, "tensors": len(tensors), "elements": sum(array.size for array in tensors)}],
             "read": self.traffic,
-            "written": sum(array.nbytes for array in tensors),
+            "written": self.written,
             "companions": sorted(self._companions),
             "notes": list(self.notes),
         }

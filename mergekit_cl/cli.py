@@ -378,11 +378,12 @@ def _carry_out(
         _show_plan(prepared.describe(), as_json)
         return
     try:
-        with _progress("merging", prepared.traffic, hidden=quiet or as_json) as advance:
+        total = prepared.traffic + (prepared.written if verify else 0)
+        with _progress("merging", total, hidden=quiet or as_json) as advance:
             width = prepared.traffic / max(prepared.elements, 1)  # bytes that an element stands for
             report = prepared.run(
                 overwrite=overwrite, verify=verify, shard_size=size, backend=backend, threads=threads, memory=limit, held=held,
-                nonfinite="allow" if allow_nonfinite else "error", advance=lambda done: advance(done * width),
+                nonfinite="allow" if allow_nonfinite else "error", advance=lambda done: advance(done * width), verified=advance,
                 started=lambda tensors: None if quiet or not tensors else typer.echo(
                     f"note: {tensors} of the tensors are there already, by an earlier run that was stopped", err=True
                 ),
