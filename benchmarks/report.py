@@ -1,6 +1,7 @@
 """Writes the tables of README.md from a run of the benchmarks: ``python benchmarks/report.py RUN.json [NAME]``.
 
-A summary of the run is kept as ``results/NAME.json``; given that in place of a run, the tables are written again.
+A summary of the run is kept as ``results/NAME.json``; given that in place of a run, the tables are written again. A run of some
+of the benchmarks replaces their tables and leaves the others as they are: all rows of a table are from one run.
 The tables of a trial run (``MERGEKIT_CL_BENCH_SCALE``) are printed, and nothing is written.
 """
 
@@ -18,16 +19,18 @@ BEGIN, END = "<!-- written by report.py -->\n", "<!-- end of what report.py writ
 
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
-    """Keep what the tables need of pytest-benchmark's JSON."""
+    """Keep what the tables need of pytest-benchmark's JSON: by the name of a table the run that it is from, and its rows."""
     machine = run["machine_info"]
-    return {
+    facts = {
         "machine": f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores",
         "software": {"Python": machine["python_version"], **machine["packages"]},
         "date": run["datetime"][:10],
-        "scale": machine["scale"],
         "load": machine["load"],
-        "rows": [_row(benchmark) for benchmark in run["benchmarks"]],
     }
+    tables: dict[str, Any] = {}
+    for row in map(_row, run["benchmarks"]):
+        tables.setdefault(row.pop("table", ""), {"run": facts, "rows": []})["rows"].append(row)
+    return {"scale": machine["scale"], "tables": tables}
 
 
 def _row(benchmark: dict[str, Any]) -> Row:
@@ -41,13 +44,16 @@ def _row(benchmark: dict[str, Any]) -> Row:
 
 
 def write(summary: dict[str, Any]) -> str:
-    """Write all tables."""
-    software = ", ".join(f"{name} {version}" for name, version in summary["software"].items())
-    parts = [f"{summary['machine']}; {software}; {summary['date']}; load average before the run {summary['load']:.1f}."]
+    """Write all tables, each run's under a line that says where and when that was."""
+    parts: list[str] = []
+    last = None
     for table, (title, columns) in TABLES.items():
-        rows = [row for row in summary["rows"] if row.get("table") == table]
-        if rows:
-            parts += [f"### {title}", _table([columns(row) for row in rows])]
+        if found := summary["tables"].get(table):
+            if found["run"] != last:
+                last = found["run"]
+                software = ", ".join(f"{name} {version}" for name, version in last["software"].items())
+                parts.append(f"{last['machine']}; {software}; {last['date']}; load average before the run {last['load']:.1f}.")
+            parts += [f"### {title}", _table([columns(row) for row in found["rows"]])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -168,9 +174,13 @@ def main(path: str, name: str = "") -> None:
     if summary["scale"] != 1:
         print(write(summary))
         return
-    name = name or re.sub(r"\W+", "-", summary["machine"]).lower()
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    machine = next(iter(summary["tables"].values()))["run"]["machine"]
+    name = name or re.sub(r"\W+", "-", machine).lower()
+    kept = HERE / "results" / f"{name}.json"
+    kept.parent.mkdir(exist_ok=True)
+    if kept.exists():
+        summary["tables"] = json.loads(kept.read_text())["tables"] | summary["tables"]
+    kept.write_text(json.dumps(summary, indent=1) + "\n")
     before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
     (HERE / "README.md").write_text(before + BEGIN + "\n" + write(summary) + "\n" + END + rest.partition(END)[2])
 
