@@ -277,6 +277,8 @@ def prepare_models(
             parameters=parameters, labels=labels, out_dtype=out_dtype, seed=seed,
         )  # fmt: skip
         rehearse(planned)
+        if planned.device != "cpu":
+            raise MergeError(f"the models are on {planned.device}, but files are written from the CPU; move them there first")
     faults.report()
     recipe = None
     if len(opened) == len(inputs):
