@@ -59,21 +59,24 @@ class AdapterMerge:
     def run(self, *, overwrite: bool = False, verify: bool = True, advance: Advance = lambda _: None, **_: Any) -> Report:
         """Merge; the arguments are those of `FileMerge.run`, of which an adapter needs few."""
         begin = time.perf_counter()
-        with Anonymous() as anonymous, self._writer(overwrite) as writer:
-            for name, array in self.merged.tensors.items():
-                writer.write(name, 0, array.reshape(-1))
-            advance(self.elements)
-            writer.commit(self._companions, verify=verify)
         files = [file for adapter in self.adapters for file in adapter.files]
-        for file in files:
-            file.close()
-        read, written = sum(file.bytes_read for file in files), self.written
-        count = len(self.merged.tensors)
-        return Report(self.target, count, 0, 0, read, written, time.perf_counter() - begin, anonymous.peak)
+        before = sum(file.bytes_read for file in files)
+        try:
+            with Anonymous() as anonymous, self._writer(overwrite) as writer:
+                for name, array in self.merged.tensors.items():
+                    writer.write(name, 0, array.reshape(-1))
+                advance(self.elements)
+                writer.commit(self._companions, verify=verify)
+        finally:
+            for file in files:
+                file.close()
+        read, count = sum(file.bytes_read for file in files) - before, len(self.merged.tensors)
+        return Report(self.target, count, 0, 0, read, self.written, time.perf_counter() - begin, anonymous.peak)
 
     def describe(self) -> dict[str, Any]:
         """Tell what a run would do, in types that JSON has."""
-        what = f"{self.combination} of {len(self.adapters)} adapters{f', rank {self.rank}' if self.rank else ''}"
+        rank = f", rank={self.rank}" if self.rank else ""
+        what = f"{self.combination}(weight={list(self.weights)}{rank}) of {len(self.adapters)} adapters"
         tensors = self.merged.tensors.values()
         return {
             "target": str(self.target),

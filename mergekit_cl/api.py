@@ -20,8 +20,24 @@ if TYPE_CHECKING:
     from mergekit_cl.adapter_merge import AdapterMerge
     from mergekit_cl.file_merge import FileMerge
 
-ADAPTER_METHODS = ("cat", "svd")
-"""The ways to merge LoRA adapters of one base into one adapter."""
+ADAPTER_METHODS = {
+    "cat": """cat
+
+Merge LoRA adapters of one base into one whose change is the weighted sum of theirs, exactly: factors are stacked, and the rank
+of a module is the sum of the ranks.
+
+Parameters
+  weight=1.0 (per model): the changes add up; weight=0.5 averages two.""",
+    "svd": """svd
+
+Merge LoRA adapters of one base into one whose change is as close to the weighted sum of theirs as a rank allows (Eckart and
+Young, 1936), computed from the factors alone.
+
+Parameters
+  weight=1.0 (per model): the changes add up; weight=0.5 averages two.
+  rank: of each module at most; by default the largest of the adapters' ranks.""",
+}
+"""The ways to merge LoRA adapters of one base into one adapter, and what is known about them."""
 
 
 def merge(
@@ -141,20 +157,35 @@ def prepare_files(
     from mergekit_cl.adapter_merge import prepare_adapters
     from mergekit_cl.file_merge import prepare_models
 
-    dtype = None if out_dtype is None else output_dtype(out_dtype)
+    _check_list(models)
     if method in ADAPTER_METHODS:
         given = {"base": base, "only": only, "exclude": exclude}
         for name in [name for name, value in given.items() if value is not None]:
             raise MergeError(f"{method} merges adapters of one base into an adapter, as a whole; leave {name}= away")
+        dtype = None if out_dtype is None else output_dtype(out_dtype)
         return prepare_adapters(models, method, Path(out), parameters=parameters, out_dtype=dtype)
-    chosen = find(method)
-    _check_counts(chosen, models, base)
-    _check_seed(seed)
-    opened, opened_base, labels = _open(models, base)
-    return prepare_models(
-        chosen, opened, opened_base, Path(out),
-        labels=labels, parameters=parameters, out_dtype=dtype, seed=int(seed), only=only, exclude=exclude,
-    )  # fmt: skip
+    faults = Faults()
+    chosen, dtype, opened = None, None, None
+    with faults:
+        _check_seed(seed)
+    with faults:
+        dtype = None if out_dtype is None else output_dtype(out_dtype)
+    with faults:
+        chosen = find(method)
+        chosen.resolve({name: value for name, value in parameters.items() if name != "scope"}, len(models))
+    with faults:
+        opened = _open(models, base)
+    if chosen is not None:
+        with faults:
+            _check_counts(chosen, models, base)
+            if opened is not None:
+                inputs, opened_base, labels = opened
+                prepared = prepare_models(
+                    chosen, inputs, opened_base, Path(out),
+                    labels=labels, parameters=parameters, out_dtype=dtype, seed=seed, only=only, exclude=exclude,
+                )  # fmt: skip
+    faults.report()
+    return prepared
 
 
 def prepare(
@@ -304,10 +335,14 @@ def _progress_bar(elements: int, title: str) -> Iterator[Advance]:
         yield lambda done: bar.update(task, advance=done)
 
 
-def _check_counts(method: Method, models: Sequence[Any], base: Any) -> None:
-    """Check how many models there are, and that there is a base where one is needed."""
+def _check_list(models: Any) -> None:
     if not isinstance(models, list | tuple):
         raise MergeError(f"models: got {type(models).__name__}; pass a list of models, such as [older, newer]")
+
+
+def _check_counts(method: Method, models: Sequence[Any], base: Any) -> None:
+    """Check how many models there are, and that there is a base where one is needed."""
+    _check_list(models)
     count = len(models)
     if count < method.least or (method.most is not None and count > method.most):
         most = "or more" if method.most is None else f"to {method.most}"

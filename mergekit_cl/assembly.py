@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from mergekit_cl.chat_templates import TEMPLATES
 from mergekit_cl.checkpoint.reference import ModelRef
@@ -21,6 +21,14 @@ from mergekit_cl.errors import MergeError, MismatchError, listing
 from mergekit_cl.recipe import Module, Recipe, Settings, Slice, at
 from mergekit_cl.recipe_parameters import OURS, REQUIRED, RecipeParameter, our_parameters, recipe_parameters
 from mergekit_cl.registry import find
+
+
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+T = TypeVar("T", bound=_Shaped)
 
 
 class Opened(Protocol):
@@ -582,7 +590,7 @@ def is_head(name: str) -> bool:
     return bool(_HEAD.search(name)) and not _LAYER.search(name)
 
 
-def input_embedding(tensors: Mapping[str, Source], shape: tuple[int, ...]) -> Source | None:
+def input_embedding(tensors: Mapping[str, T], shape: tuple[int, ...]) -> T | None:
     """Find the tensor of this shape that turns tokens into vectors, by its name."""
     return next((tensor for name, tensor in tensors.items() if _EMBEDDING.search(name) and tensor.shape == shape), None)
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from mergekit_cl import __version__
+from mergekit_cl.api import ADAPTER_METHODS
 from mergekit_cl.errors import Faults, MergeError, NonFiniteError, listing
 from mergekit_cl.registry import Method, find
 from mergekit_cl.registry import methods as registered
@@ -497,6 +498,9 @@ def methods(
     if name is None:
         console.print(methods_table())
         console.print("A method's whole documentation: mergekit-cl methods NAME", highlight=False)
+        console.print("Of LoRA adapters on disk: cat, svd", highlight=False)
+    elif name in ADAPTER_METHODS:
+        console.print(ADAPTER_METHODS[name], highlight=False, soft_wrap=not console.is_terminal)
     else:
         text = documentation(find(name), reflow=console.is_terminal)
         console.print(text, soft_wrap=not console.is_terminal)  # a file gets the lines as they were written

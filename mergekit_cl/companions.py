@@ -12,7 +12,7 @@ import yaml
 
 from mergekit_cl.assembly import Assembly
 from mergekit_cl.checkpoint.reference import ModelRef, Opened
-from mergekit_cl.errors import MergeError
+from mergekit_cl.errors import CheckpointError, MergeError
 from mergekit_cl.globs import Globs, globs_of
 from mergekit_cl.plan import Plan
 from mergekit_cl.recipe import read_recipe, recipe_text
@@ -35,10 +35,10 @@ def companions_of(
     if donor is not None:
         found |= donor.checkpoint.companions()
         if donor.config is not None and (changed := _changed(donor.config, dtype, changes)) != donor.config:
-            found["config.json"] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+            found["config.json"] = as_json(changed)
     if recipe is not None:
-        found["recipe.yml"] = recipe.encode()
-        found["README.md"] = _card(recipe, models, method).encode()
+        found["recipe.yml"] = recipe.encode(errors="surrogateescape")
+        found["README.md"] = _card(recipe, models, method).encode(errors="surrogateescape")
     return found
 
 
@@ -51,8 +51,16 @@ def _changed(config: Mapping[str, Any], dtype: str | None, changes: Mapping[str,
             inner = inner[part]
         inner[last] = value
     if dtype:
-        changed |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"], dtype)
+        changed |= dict.fromkeys(_dtype_keys(changed) or ["torch_dtype"], dtype)
+        for section in changed.values():
+            if isinstance(section, dict):
+                section |= dict.fromkeys(_dtype_keys(section), dtype)
     return changed
+
+
+def _dtype_keys(config: Mapping[str, Any]) -> list[str]:
+    """List the keys that a config, or a section such as text_config, names the dtype with."""
+    return [key for key in ("dtype", "torch_dtype") if key in config]
 
 
 def _card(recipe: str, models: Sequence[str], method: str) -> str:
@@ -105,9 +113,13 @@ def choose_tokenizer(
         companions["chat_template.jinja"] = assembly.chat_template.encode()
         beside = companions.get("tokenizer_config.json")
         if beside is not None:
-            config = json.loads(content(beside))
+            try:
+                config = json.loads(content(beside))
+            except ValueError as error:
+                advice = "repair it, or leave chat_template away"
+                raise CheckpointError(f"tokenizer_config.json: is not JSON: {error}; {advice}") from None
             if isinstance(config, dict) and config.pop("chat_template", None) is not None:
-                companions["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+                companions["tokenizer_config.json"] = as_json(config)
 
 
 def recipe_of(
@@ -152,4 +164,14 @@ def recipe_of(
 
 def content(what: Path | bytes) -> bytes:
     """Read a file that is to lie beside the weights, or return what is to be written."""
-    return what if isinstance(what, bytes) else what.read_bytes()
+    if isinstance(what, bytes):
+        return what
+    try:
+        return what.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{what}: cannot be read: {error.strerror}") from error
+
+
+def as_json(config: object) -> bytes:
+    """Write JSON as transformers does."""
+    return (json.dumps(config, indent=2) + "\n").encode()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-_SHOWN = 5  # problems spelled out in one message; the rest are counted
+_SHOWN = 20  # problems spelled out in one message; the rest are counted
 
 
 class MergeError(ValueError):
@@ -61,6 +61,6 @@ def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> Unk
 
 
 def listing(problems: Sequence[str]) -> str:
-    """Join problems into one message, a line each; beyond the first five they are only counted."""
+    """Join problems into one message, a line each; beyond the first twenty they are only counted."""
     more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return "\n".join([*problems[:_SHOWN], *more])

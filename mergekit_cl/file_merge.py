@@ -4,6 +4,7 @@ A `FileMerge` is prepared from the arguments of `mergekit_cl.merge`, or from a r
 and configurations, and all that they tell of has been checked. `FileMerge.describe` tells what `FileMerge.run` would do.
 """
 
+import inspect
 import json
 import os
 import time
@@ -26,7 +27,7 @@ from mergekit_cl.companions import choose_tokenizer, companions_of, content, rec
 from mergekit_cl.errors import Faults, MergeError, listing
 from mergekit_cl.execute import Advance, Nonfinite, rehearse
 from mergekit_cl.globs import Globs, check_globs, chosen, globs_of
-from mergekit_cl.layout import Entry
+from mergekit_cl.layout import Entry, ties
 from mergekit_cl.memory import Anonymous
 from mergekit_cl.models import Model
 from mergekit_cl.out_of_core import Job, check_backend, check_memory, run
@@ -108,19 +109,21 @@ class FileMerge:
         begin = time.perf_counter()
         self.check(memory=memory, held=held, threads=threads, backend=backend, shard_size=shard_size, overwrite=overwrite)
         before = sum(file.bytes_read for file in self.job.files)
-        with (
-            Anonymous() as anonymous,
-            self._writer(self._fingerprint(backend, nonfinite), shard_size, overwrite) as writer,
-        ):
-            started(len(writer.done))
-            run(
-                self.job, writer,
-                backend=backend, threads=threads, nonfinite=nonfinite, memory=memory, held=held, advance=advance,
-            )  # fmt: skip
-            writer.commit({} if self.single else self.companions, verify=verify, advance=verified)
-            resumed = len(writer.done)
-        for file in self.job.files:
-            file.close()
+        try:
+            with (
+                Anonymous() as anonymous,
+                self._writer(self._fingerprint(backend, nonfinite), shard_size, overwrite) as writer,
+            ):
+                started(len(writer.done))
+                run(
+                    self.job, writer,
+                    backend=backend, threads=threads, nonfinite=nonfinite, memory=memory, held=held, advance=advance,
+                )  # fmt: skip
+                writer.commit({} if self.single else self.companions, verify=verify, advance=verified)
+                resumed = len(writer.done)
+        finally:
+            for file in self.job.files:
+                file.close()
         return Report(
             self.target,
             len(self.outputs) - len(self.job.copies),
@@ -207,6 +210,7 @@ class FileMerge:
         plans = [
             (
                 each.method.name,
+                _code(each.method),
                 {name: repr(value) for name, value in each.parameters.items()},
                 [
                     [scope.seed, *([item.names, item.dtype, list(map(_identity, item.leaves))] for item in items)]
@@ -266,10 +270,11 @@ def prepare_models(
         check_globs(only, exclude, dict.fromkeys(name for model in inputs for name in model.layout))
     with faults:
         method.resolve({name: value for name, value in parameters.items() if name != "scope"}, len(models))
+    inputs, notes = _without_tied_heads(inputs, donor, labels)
+    donor = inputs[-1] if base is not None else inputs[0]
     copies = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
     with faults:
         _check_copies(copies)
-    inputs, notes = _without_tied_heads(inputs, donor, labels)
     merged = [model.restricted(rule) for model in inputs]
     with faults:
         planned = plan(
@@ -362,25 +367,32 @@ def prepare_recipe(
 
 def _without_tied_heads(inputs: Sequence[Model], donor: Model, labels: Sequence[str]) -> tuple[list[Model], tuple[str, ...]]:
     """Leave out output heads that are the input embedding, as the donor's config has it; else let the embedding stand in."""
-    heads = dict.fromkeys(name for model in inputs if model.origin is not None for name in model.layout if is_head(name))
-    tied = donor.origin is not None and said_tied(donor.origin.config)
+    heads = dict.fromkeys(name for model in inputs for name in model.layout if is_head(name))
+    if all(model.origin is None for model in inputs):
+        return list(inputs), ()  # tied or not as their memory is
     result, notes = list(inputs), []
     for name in heads:
-        lacking = [index for index, model in enumerate(result) if name not in model.layout]
+        tied = _is_tied(donor, name)
         if tied or (tied is None and name not in donor.layout):
             result = [model.restricted(lambda other, head=name: other != head) for model in result]  # type: ignore[misc]
             notes.append(f'"{name}" is left out: the result has its input embedding for it, as its config says')
             continue
-        for index in lacking:
-            model = result[index]
-            shape = next(each.layout[name].shape for each in result if name in each.layout)
-            if model.origin is None or said_tied(model.origin.config) is False:
+        shape = next(model.layout[name].shape for model in result if name in model.layout)
+        for index, model in enumerate(result):
+            if name in model.layout or _is_tied(model, name) is False:
                 continue
-            if (leaf := input_embedding(model.leaves, shape)) is not None:
-                layout = {**model.layout, name: Entry(name, leaf.shape, leaf.dtype)}
-                result[index] = replace(model, layout=layout, leaves={**model.leaves, name: leaf})
+            if (entry := input_embedding(model.layout, shape)) is not None:
+                layout = {**model.layout, name: replace(entry, name=name)}
+                result[index] = replace(model, layout=layout, leaves={**model.leaves, name: model.leaves[entry.name]})
                 notes.append(f'{labels[index]}: its input embedding stands in for "{name}", which is tied to it')
     return result, tuple(notes)
+
+
+def _is_tied(model: Model, head: str) -> bool | None:
+    """Whether a head is the input embedding: by the config of a model on disk, by the memory of another; None if unknown."""
+    if model.origin is not None:
+        return said_tied(model.origin.config)
+    return len(ties(model.layout)[head]) > 1 if head in model.layout else None
 
 
 def _check_copies(copies: Mapping[str, Any]) -> None:
@@ -452,6 +464,16 @@ def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_shown, value))}]" if len(set(value)) > 1 else _shown(value[0])
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _code(method: Method) -> str:
+    """Identify what a method of the user's own does; ours are those of this version."""
+    if method.function.__module__.startswith("mergekit_cl.merge_methods."):
+        return ""
+    try:
+        return inspect.getsource(method.function)
+    except (OSError, TypeError):
+        return os.urandom(8).hex()  # not the same twice, so never resumed
 
 
 def _identity(leaf: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mergekit_cl import kernels
-from mergekit_cl.checkpoint.stored import DataFile, Stored, numpy_dtype
+from mergekit_cl.checkpoint.stored import DataFile, Stored, allow_open_files, numpy_dtype
 from mergekit_cl.errors import BackendError, MergeError, listing
 from mergekit_cl.execute import WINDOW, Advance, Executor, Nonfinite, processors
 from mergekit_cl.kernels import BLOCK, Array, Span
@@ -123,7 +123,7 @@ def run(
     threads = threads or processors()
     budget = Budget.of(memory, threads, held)
     check_memory(job, memory, threads, held)
-    _allow_open_files(len(job.files))
+    allow_open_files(len(job.files))
     for plan in job.plans:
         left = _without(plan, sink.done)
         advance(_elements(plan.items) - _elements(left.items))
@@ -172,18 +172,6 @@ def check_memory(job: Job, memory: int, threads: int | None, held: int = 0) -> N
                 )
     if problems:
         raise MergeError(listing(problems))
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the number of files that the process may have open as far as it may itself; each input stays open."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 128
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _without(plan: Plan, done: frozenset[str]) -> Plan:

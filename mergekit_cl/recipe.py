@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -557,6 +558,9 @@ class _Reader:
             try:
                 value = parameter.convert(item)
                 ours = parameter.ours
+                if parameter.name == "density" and isinstance(value, float) and not 0 <= value <= 1 and isfinite(value):
+                    self.note(f"{where}: a density of {value:g} is taken as {float(value > 1):g}")
+                    value = float(value > 1)
                 if ours is not None and (not ours.choices or isinstance(value, str)) and ours.type in (int, float, str):
                     value = ours.check(value, f"{where}:")
                 values.append(value)

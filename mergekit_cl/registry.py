@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
-from mergekit_cl.errors import MergeError, unknown
+from mergekit_cl.errors import Faults, MergeError, unknown
 from mergekit_cl.steps import Scope, Sum
 
 T = TypeVar("T")
@@ -180,19 +180,27 @@ class Method:
         A name that is a Python keyword may be given with or without its trailing underscore (``lambda_``, ``lambda``).
         """
         names = {name.rstrip("_"): name for name in self.parameters}
+        faults = Faults()
         for name in given:
             if name.rstrip("_") not in names:
                 advice = next((f"{p.name}: {p.advice}" for p in self.parameters.values() if f" {name}=" in p.advice), "")
-                raise unknown(f"parameter of {self.name}", name, self.shown, advice)
-        values = {names[name.rstrip("_")]: value for name, value in given.items()}
+                with faults:
+                    raise unknown(f"parameter of {self.name}", name, self.shown, advice)
+        values = {names[name.rstrip("_")]: value for name, value in given.items() if name.rstrip("_") in names}
         missing = [name for name, parameter in self.parameters.items() if parameter.required and name not in values]
         if missing:
             advice = self.parameters[missing[0]].advice
-            raise MergeError(f"{self.name} needs {', '.join(missing)}: pass {missing[0]}=...{f' ({advice})' if advice else ''}")
-        return {
-            name: parameter.resolve(values.get(name, parameter.default), models, f"{self.name}:")
-            for name, parameter in self.parameters.items()
-        }
+            with faults:
+                raise MergeError(
+                    f"{self.name} needs {', '.join(missing)}: pass {missing[0]}=...{f' ({advice})' if advice else ''}"
+                )
+        resolved = {}
+        for name, parameter in self.parameters.items():
+            if name not in missing:
+                with faults:
+                    resolved[name] = parameter.resolve(values.get(name, parameter.default), models, f"{self.name}:")
+        faults.report()
+        return resolved
 
 
 _methods: dict[str, Method] = {}

@@ -600,7 +600,7 @@ def test_adapters_are_merged(folder: Path) -> None:
         (a,), (b,) = ([array for name, array in factors.items() if f"lora_{letter}" in name] for letter in "AB")
         np.testing.assert_allclose(config["lora_alpha"] / config["r"] * b @ a, total, atol=1e-5)
     plan = json.loads(done("merge", "one", "other", "-m", "svd", "-p", "rank=1", "-o", "x", "--dry-run", "--json").stdout)
-    assert plan["tensors"][0]["what"] == "svd of 2 adapters, rank 1"
+    assert plan["tensors"][0]["what"] == "svd(weight=[1.0, 1.0], rank=1) of 2 adapters"
     assert "nothing was written" in done("merge", "one", "other", "-m", "cat", "-o", "x", "--dry-run").stdout
     assert not Path("x").exists()
     assert "cat" in failed("merge", "one", "other", "-m", "linear", "-o", "x")

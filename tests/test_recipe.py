@@ -225,8 +225,6 @@ TIES = "merge_method: ties\nbase_model: A\nmodels: [{model: B}]\nparameters: {we
         ("merge_method: model_stock\nbase_model: A\nmodels: [{model: A}, {model: B}]", "2 or more models besides the base A"),
         ("merge_method: passthrough\nbase_model: A\nmodels: [{model: B}]", "2 are listed (base_model counts as one"),
         ("merge_method: sfa\nbase_model: A\nmodels: [{model: B}]", "base_model: sfa has no use for one"),
-        (TIES + "density: 1.5}",
-         "parameters.density: density=1.5: must be in [0, 1]"),
         (TIES + "combine: mean}",
          "parameters.combine: must be one of weight_mean, count_mean, sum, max, not 'mean'"),
         (TIES + "rescale: l2}",
@@ -1295,3 +1293,9 @@ def model_with(label: str, planned: Mapping[str, Any]) -> Model:
     names = [f"model.layers.{layer}.{suffix}" for layer in range(4) for suffix in sorted(suffixes)]
     names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     return model(label, names, {"num_hidden_layers": 4, "tie_word_embeddings": False})
+
+
+def test_densities_beyond_their_range_are_taken_as_its_ends() -> None:
+    recipe = read_recipe("merge_method: ties\nbase_model: A\nmodels: [{model: B}]\nparameters: {weight: 1, density: [1.5, -2]}")
+    assert recipe.parameters["density"][0].values == (1.0, 0.0)
+    assert any("a density of 1.5 is taken as 1" in note for note in recipe.notes)

@@ -164,6 +164,18 @@ class Stored:
             self.file.read(self.offset + start * self.itemsize, out.view(np.uint8).data)
 
 
+def allow_open_files(count: int) -> None:
+    """Raise the number of files that the process may have open as far as it may itself, for ``count`` more."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ()) + count + 128
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the dtype of NumPy that has this name; bfloat16 and the like are those of ml_dtypes."""

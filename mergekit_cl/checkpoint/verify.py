@@ -8,9 +8,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +89,29 @@ def verify(path: str | os.PathLike[str], advance: Callable[[int], None] = ignore
 
 
 def differences(expected: Sequence[tuple[Stored, str]], advance: Callable[[int], None] = ignore) -> dict[Stored, str]:
-    """Read tensors, in a few threads, and say what is wrong with those whose bytes do not have the checksum beside them."""
+    """Read tensors, in a few threads, and say what is wrong with those whose bytes do not have the checksum beside them.
+
+    One file after another is open.
+    """
     wrong: dict[Stored, str] = {}
-    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for file, group in groupby(expected, key=lambda each: each[0].file):
+            try:
+                wrong |= _differences(list(group), pool, advance)
+            finally:
+                file.close()
+    return wrong
+
+
+def _differences(
+    expected: Sequence[tuple[Stored, str]], pool: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> dict[Stored, str]:
+    """Do so for the tensors of a file."""
+    wrong: dict[Stored, str] = {}
+    jobs = [
+        [(pool.submit(_digests_of_part, tensor, *part), part[1] - part[0]) for part in _parts(tensor)] for tensor, _ in expected
+    ]
     try:
-        jobs = [
-            [(pool.submit(_digests_of_part, tensor, *part), part[1] - part[0]) for part in _parts(tensor)]
-            for tensor, _ in expected
-        ]
         for (tensor, checksum), parts in zip(expected, jobs, strict=True):
             digests = bytearray()
             try:
@@ -110,9 +126,9 @@ def differences(expected: Sequence[tuple[Stored, str]], advance: Callable[[int],
                     f"{tensor.file.path}: tensor {quoted(tensor.name)}: damaged: its bytes are not those that were written"
                 )
     finally:
-        pool.shutdown(cancel_futures=True)
-        for tensor, _ in expected:
-            tensor.file.close()
+        for job, _ in chain.from_iterable(jobs):
+            job.cancel()
+        wait([job for job, _ in chain.from_iterable(jobs)])
     return wrong
 
 

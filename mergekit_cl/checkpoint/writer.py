@@ -146,6 +146,7 @@ class Writer:
         with ExitStack() as undo, file_errors(self.target, "cannot be created", self._room):
             self._check_target()
             self._folder_above()
+            allow_open_files(2 * len(self._files))
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock(undo)
             staging.recover(self.target)
@@ -288,7 +289,7 @@ class Writer:
             inputs |= {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
         real = target.parent.resolve() / target.name
         for path in sorted(inputs):
-            if path.is_relative_to(real) or (self._single_file and path == real.parent):
+            if path.is_relative_to(real) or (real.is_relative_to(path) and path.is_dir()):
                 raise CheckpointError(
                     f"{target}: is, holds or lies in the input {path}; inputs are never changed: choose another name"
                 )

@@ -4,12 +4,12 @@ import numpy as np
 
 from mergekit_cl.errors import MergeError
 from mergekit_cl.merge_methods._directions import agree, great_circle, norms
-from mergekit_cl.registry import Fraction, method
+from mergekit_cl.registry import method
 from mergekit_cl.steps import Gram, Scope, Steps, Sum
 
 
 @method(paper="https://dl.acm.org/doi/10.1145/325165.325242", base="optional", models=(1, 2))
-def slerp(scope: Scope, *, t: Fraction) -> Steps:
+def slerp(scope: Scope, *, t: float) -> Steps:
     """Interpolate along a great circle: ``(sin((1 - t) * angle) * base + sin(t * angle) * model) / sin(angle)``.
 
     The angle is that between two tensors (with ``scope="model"``, two models), each taken as one vector. The vectors are not
@@ -21,8 +21,8 @@ def slerp(scope: Scope, *, t: Fraction) -> Steps:
 
     Args:
         scope: Has one model and a base, or two models.
-        t: How far to go: 0 is the base (or the first model), 1 the model (or the second one). It has no default, as in
-            mergekit.
+        t: How far to go: 0 is the base (or the first model), 1 the model (or the second one); beyond these it goes on.
+            It has no default, as in mergekit.
 
     Raises:
         MergeError: Neither a base and one model nor two models.

@@ -601,6 +601,7 @@ def test_what_is_never_replaced(tmp_path: Path, make: Callable[[Path], None], op
         ("in/a.safetensors", True),
         ("link", False),
         ("in/new.safetensors", True),
+        ("in/sub/new", False),
     ],
 )
 def test_inputs_are_never_replaced(tmp_path: Path, target: str, single_file: bool) -> None:
@@ -609,12 +610,12 @@ def test_inputs_are_never_replaced(tmp_path: Path, target: str, single_file: boo
     (tmp_path / "in/a.safetensors").write_bytes(b"old")
     (tmp_path / "x.safetensors").write_bytes(b"old")
     (tmp_path / "link").symlink_to("in")
-    inputs = [tmp_path / "in"] if target.endswith("new.safetensors") else [tmp_path / "link/a.safetensors"]
+    inputs = [tmp_path / "in"] if "new" in target else [tmp_path / "link/a.safetensors"]
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=r"the input|symbolic link"):
         merge(tmp_path / target, overwrite=True, single_file=single_file, inputs=inputs, companions={})
     assert contents(tmp_path) == before
-    merge(tmp_path / "in/sub/m", inputs=inputs)
+    merge(tmp_path / "beside/m", inputs=inputs)
 
 
 def test_a_target_that_appears_during_the_merge_is_kept(tmp_path: Path) -> None:
