@@ -135,7 +135,7 @@ class SFA:
 
         """
         schedule, anchor = _schedule(self.p, self._every, total_steps), self._capture()
-        rehearse(self._executor(anchor, self._trainable()).plan)  # finds what cannot be merged before training, not in its middle
+        rehearse(self._executor(anchor, self._trainable()).plan)  # finds what cannot be merged before training
         self.anchor = anchor
         self._begin(schedule, self.steps_before + self.step_count)
 

@@ -27,7 +27,7 @@ from filelock import FileLock
 from mergekit_cl.checkpoint import staging
 from mergekit_cl.checkpoint.header import CODES, LIMIT, quoted
 from mergekit_cl.checkpoint.staging import file_errors
-from mergekit_cl.checkpoint.stored import DataFile, Stored, numpy_dtype
+from mergekit_cl.checkpoint.stored import DataFile, Stored, allow_open_files, numpy_dtype
 from mergekit_cl.checkpoint.verify import (
     DIGITS,
     KEY,
