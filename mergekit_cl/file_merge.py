@@ -290,6 +290,10 @@ def prepare_models(
         scope = {"scope": parameters["scope"]} if "scope" in parameters else {}
         recipe = recipe_of(method, [each.label for each in opened], planned, scope, out_dtype, seed, only, exclude)
     companions = companions_of(donor.origin, _dtype_of([planned]), {}, recipe, [each.label for each in opened], method.name)
+    if opened and donor.origin is None and Path(target).suffix != ".safetensors":
+        notes += (
+            f"the result has weights alone: {labels[-1 if base is not None else 0]} is in memory, and has no config to copy",
+        )
     there = {item.name for item in planned.items} | copies.keys()
     order = [name for name in dict.fromkeys([*inputs[0].layout, *copies]) if name in there]
     return _file_merge(target, Job((planned,), copies), order, companions, donor.origin, checkpoints, notes, recipe or "")

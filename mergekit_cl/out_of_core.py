@@ -81,9 +81,9 @@ class Budget:
         """
         room, least = memory - held, _FIXED + threads * (1 << 20) * 2
         if room < least:
-            by_others = f" ({held / 1e6:.0f} MB of which the program itself takes)" if held else ""
+            program = f", where the program itself takes {held / 1e6:.0f} MB" if held else ""
             raise MergeError(
-                f"memory: {memory / 1e6:.0f} MB{by_others} are too little for {threads} threads; "
+                f"memory: {memory / 1e6:.0f} MB are too little for {threads} threads{program}; "
                 f"give {_megabytes(held + least)} MB or more"
             )
         window = min(WINDOW, (room - _FIXED) // (2 * threads))

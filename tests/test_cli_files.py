@@ -354,7 +354,7 @@ def test_all_problems_at_once(folder: Path, dry: list[str]) -> None:
         (["-j", "two"], 2, "--threads"),
         (["--memory", "lots"], 1, "--memory='lots': must be a number of bytes, such as 512MB or 2GiB"),
         (["--memory", "0"], 1, "--memory='0': must be a number"),
-        (["--memory", "1MB"], 1, "of which the program itself takes"),
+        (["--memory", "1MB"], 1, "where the program itself takes"),
         (["--out-shard-size", "5X"], 1, "--out-shard-size='5X': must be a number of bytes"),
         (["--seed", "1.5"], 2, "--seed"),
         (["--frobnicate"], 2, "No such option: --frobnicate"),

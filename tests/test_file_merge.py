@@ -686,3 +686,18 @@ def test_what_changed_since_it_was_prepared_is_refused(paths: list[Path], tmp_pa
 def test_unknown_names_keep_their_kind(paths: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match='did you mean "linear"'):
         merge(paths, "liner", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.PT", "x.gguf"])
+def test_a_result_is_not_called_as_a_pickle_is(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"w": np.ones(3, np.float32)})
+    with pytest.raises(CheckpointError, match=r"a folder, or a file that ends in \.safetensors"):
+        merge([path], "linear", out=tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_result_without_a_config_says_so(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"w": np.ones(3, np.float32)})
+    merging = prepare_files([{"w": np.ones(3, np.float32)}, path], "linear", out=tmp_path / "out", parameters={})
+    assert merging.notes == ("the result has weights alone: model 0 is in memory, and has no config to copy",)
+    assert prepare_files([path], "linear", out=tmp_path / "out", parameters={}).notes == ()

@@ -285,6 +285,8 @@ class Writer:
     def _check_target(self) -> None:
         """Refuse a target that cannot be replaced, or must not be."""
         target, inputs = self.target, set()
+        if not self._single_file and target.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+            raise CheckpointError(f"{target}: a result is a folder, or a file that ends in .safetensors; choose another name")
         for path in self._inputs:
             inputs |= {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
         real = target.parent.resolve() / target.name
