@@ -67,6 +67,12 @@ def tensors(seed: int) -> dict[str, Array]:
     return {name: rng.standard_normal((4, 4) if "mlp" in name else (8,), np.float32) for name in NAMES}
 
 
+@pytest.fixture(autouse=True)
+def _memory_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own process may have more than --memory allows."""
+    monkeypatch.setattr("mergekit_cl.memory.anonymous_memory", lambda: 50_000_000)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with three models: base, a and b."""

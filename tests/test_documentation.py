@@ -45,6 +45,7 @@ def test_the_table_of_methods_is_the_registry() -> None:
 
 def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mergekit_cl.memory.anonymous_memory", lambda: 0)  # the command line is not a process of its own here
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(snippets) >= 4
     scope: dict[str, object] = {"__name__": "readme"}
