@@ -143,7 +143,8 @@ def check_backend(backend: str) -> None:
     """Refuse a backend that does not work on files."""
     if backend == "triton":
         raise BackendError('backend="triton" merges what is on a GPU; files are merged by "numba" or "numpy"')
-    kernels.load(backend, "cpu")
+    if backend != "auto":  # which finds one, and need not import it for a small job
+        kernels.load(backend, "cpu")
 
 
 def check_memory(job: Job, memory: int, threads: int | None, held: int = 0) -> None:
@@ -191,7 +192,7 @@ def _parts(plan: Plan, room: int) -> Iterator[tuple[Plan, bool]]:
     group: list[Any] = []
     size = 0
     for scope, items in plan.scopes:
-        need = sum(prod(item.shape) * _width(item) for item in items)
+        need = sum(prod(item.shape) * _width(item, result=columns) for item in items)
         if group and size + need > room // 2:  # half of it: what is kept for one part is given back late
             yield replace(plan, scopes=tuple(group), exact=()), True
             group, size = [], 0
@@ -318,9 +319,10 @@ def _is_source(leaf: Any) -> bool:
     return hasattr(leaf, "read") and hasattr(leaf, "files")
 
 
-def _width(item: Item) -> int:
+def _width(item: Item, result: bool = True) -> int:
     """Bytes that one element takes in all inputs, and in the result."""
-    return sum(numpy_dtype(leaf.dtype).itemsize for leaf in item.leaves if _is_source(leaf)) + numpy_dtype(item.dtype).itemsize
+    inputs = sum(numpy_dtype(leaf.dtype).itemsize for leaf in item.leaves if _is_source(leaf))
+    return inputs + result * numpy_dtype(item.dtype).itemsize
 
 
 def _megabytes(size: int) -> int:
