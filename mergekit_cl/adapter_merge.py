@@ -1,6 +1,5 @@
 """Merges of LoRA adapters of one base into one adapter."""
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any, Literal, cast
 from mergekit_cl.checkpoint.folder import Checkpoint, open_checkpoint
 from mergekit_cl.checkpoint.lora import Adapter, is_adapter, merge_adapters
 from mergekit_cl.checkpoint.writer import Output, Writer
+from mergekit_cl.companions import as_json
 from mergekit_cl.errors import CheckpointError, Faults, MergeError, listing, unknown
 from mergekit_cl.execute import Advance
 from mergekit_cl.memory import Anonymous
@@ -89,8 +89,7 @@ class AdapterMerge:
 
     @property
     def _companions(self) -> dict[str, Path | bytes]:
-        config = json.dumps(self.merged.config, indent=2, ensure_ascii=False) + "\n"
-        return {**self.adapters[0].companions(), "adapter_config.json": config.encode()}
+        return {**self.adapters[0].companions(), "adapter_config.json": as_json(self.merged.config)}
 
     def _writer(self, overwrite: bool) -> Writer:
         return Writer(

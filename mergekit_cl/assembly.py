@@ -464,14 +464,7 @@ class _Assembler:
         dtype, config = self.recipe.out_dtype or self.recipe.dtype, self.donor.config
         if dtype is None or config is None:
             return
-        named = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-        inside = [
-            f"{section}.{key}"
-            for section, value in config.items()
-            for key in ("dtype", "torch_dtype")
-            if isinstance(value, Mapping) and value.get(key) is not None
-        ]
-        self.changes |= dict.fromkeys([*named, *inside], dtype)
+        self.changes |= dict.fromkeys(dtype_keys(config), dtype)
 
     def _tokenizer(self) -> ModelRef | None:
         wanted = self.recipe.tokenizer
@@ -588,6 +581,18 @@ def _owner(modules: Sequence[str]) -> Callable[[str], str | None]:
 def is_head(name: str) -> bool:
     """Whether a tensor turns the last layer's output into tokens, as far as its name can tell."""
     return bool(_HEAD.search(name)) and not _LAYER.search(name)
+
+
+def dtype_keys(config: Mapping[str, Any]) -> list[str]:
+    """List where a config names the dtype, by dotted path, sections such as text_config included; or where it had better."""
+    named = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    inside = [
+        f"{section}.{key}"
+        for section, value in config.items()
+        for key in ("dtype", "torch_dtype")
+        if isinstance(value, Mapping) and value.get(key) is not None
+    ]
+    return [*named, *inside]
 
 
 def input_embedding(tensors: Mapping[str, T], shape: tuple[int, ...]) -> T | None:

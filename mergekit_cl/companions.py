@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_cl.assembly import Assembly
+from mergekit_cl.assembly import Assembly, dtype_keys
 from mergekit_cl.checkpoint.reference import ModelRef, Opened
 from mergekit_cl.errors import CheckpointError, MergeError
 from mergekit_cl.globs import Globs, globs_of
@@ -44,23 +44,14 @@ def companions_of(
 
 def _changed(config: Mapping[str, Any], dtype: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = copy.deepcopy(dict(config))
-    for key, value in changes.items():
+    dtypes = dict.fromkeys(dtype_keys(config), dtype) if dtype else {}
+    for key, value in {**changes, **dtypes}.items():
         *parts, last = key.split(".")
         inner = changed
         for part in parts:
             inner = inner[part]
         inner[last] = value
-    if dtype:
-        changed |= dict.fromkeys(_dtype_keys(changed) or ["torch_dtype"], dtype)
-        for section in changed.values():
-            if isinstance(section, dict):
-                section |= dict.fromkeys(_dtype_keys(section), dtype)
     return changed
-
-
-def _dtype_keys(config: Mapping[str, Any]) -> list[str]:
-    """List the keys that a config, or a section such as text_config, names the dtype with."""
-    return [key for key in ("dtype", "torch_dtype") if key in config]
 
 
 def _card(recipe: str, models: Sequence[str], method: str) -> str:

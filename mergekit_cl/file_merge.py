@@ -21,7 +21,7 @@ import numpy as np
 from mergekit_cl.assembly import assemble, input_embedding, is_head, said_tied
 from mergekit_cl.checkpoint.folder import Checkpoint
 from mergekit_cl.checkpoint.reference import ModelRef, Opened, open_reference
-from mergekit_cl.checkpoint.stored import DataFile, Source, Stored, numpy_dtype
+from mergekit_cl.checkpoint.stored import DataFile, Source, Stored, is_source, numpy_dtype
 from mergekit_cl.checkpoint.writer import Output, Writer
 from mergekit_cl.companions import choose_tokenizer, companions_of, content, recipe_of
 from mergekit_cl.errors import Faults, MergeError, listing
@@ -69,7 +69,7 @@ class FileMerge:
     @property
     def read(self) -> int:
         """Bytes that are read from files, each counted once; those of an adapter are left out."""
-        merged = [leaf for each in self.job.plans for item in each.items for leaf in item.leaves if hasattr(leaf, "files")]
+        merged = [leaf for each in self.job.plans for item in each.items for leaf in item.leaves if is_source(leaf)]
         return sum(
             leaf.nbytes if isinstance(leaf, Stored) else prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize
             for leaf in (*merged, *self.job.copies.values())
@@ -268,8 +268,6 @@ def prepare_models(
     faults = Faults()
     with faults:
         check_globs(only, exclude, dict.fromkeys(name for model in inputs for name in model.layout))
-    with faults:
-        method.resolve({name: value for name, value in parameters.items() if name != "scope"}, len(models))
     inputs, notes = _without_tied_heads(inputs, donor, labels)
     donor = inputs[-1] if base is not None else inputs[0]
     copies = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
@@ -403,7 +401,7 @@ def _check_copies(copies: Mapping[str, Any]) -> None:
     """Refuse what is not copied as bytes: tensors with an adapter to be applied, tensors in memory."""
     problems = [
         f'"{name}": is left out of the merge, so it would be copied byte for byte, but it '
-        f"{'has an adapter to be applied' if hasattr(leaf, 'files') else 'is in memory'}; merge it too, or pass files"
+        f"{'has an adapter to be applied' if is_source(leaf) else 'is in memory'}; merge it too, or pass files"
         for name, leaf in copies.items()
         if not isinstance(leaf, Stored)
     ]

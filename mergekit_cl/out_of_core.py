@@ -7,14 +7,14 @@ while that lasts, many small ones together; larger ones are read again for every
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 
 from mergekit_cl import kernels
-from mergekit_cl.checkpoint.stored import DataFile, Stored, allow_open_files, numpy_dtype
+from mergekit_cl.checkpoint.stored import DataFile, Stored, allow_open_files, is_source, numpy_dtype
 from mergekit_cl.errors import BackendError, MergeError, listing
 from mergekit_cl.execute import WINDOW, Advance, Executor, Nonfinite, processors
 from mergekit_cl.kernels import BLOCK, Array, Span
@@ -52,11 +52,11 @@ class Job:
         """Whether starting a compiler would take longer than the merge."""
         return sum(_elements(plan.items) for plan in self.plans) <= _SMALL
 
-    @property
+    @cached_property
     def files(self) -> list[DataFile]:
         """All files that are read, each once."""
         leaves = [leaf for plan in self.plans for item in plan.items for leaf in item.leaves]
-        sources = [leaf for leaf in (*leaves, *self.copies.values()) if _is_source(leaf)]
+        sources = [leaf for leaf in (*leaves, *self.copies.values()) if is_source(leaf)]
         return list({id(file): file for source in sources for file in source.files}.values())
 
 
@@ -308,20 +308,16 @@ def _along(plan: Plan) -> str | None:
 
 
 def _span(leaf: Any) -> Span:
-    if _is_source(leaf):
+    if is_source(leaf):
         return Incoming(leaf)
     library = library_of(leaf)
     assert library is not None
     return library.span(leaf)
 
 
-def _is_source(leaf: Any) -> bool:
-    return hasattr(leaf, "read") and hasattr(leaf, "files")
-
-
 def _width(item: Item, result: bool = True) -> int:
     """Bytes that one element takes in all inputs, and in the result."""
-    inputs = sum(numpy_dtype(leaf.dtype).itemsize for leaf in item.leaves if _is_source(leaf))
+    inputs = sum(numpy_dtype(leaf.dtype).itemsize for leaf in item.leaves if is_source(leaf))
     return inputs + result * numpy_dtype(item.dtype).itemsize
 
 

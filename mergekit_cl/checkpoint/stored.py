@@ -176,6 +176,11 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
+def is_source(value: object) -> bool:
+    """Whether a value is a `Source`; arrays are not."""
+    return isinstance(getattr(type(value), "files", None), property)
+
+
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the dtype of NumPy that has this name; bfloat16 and the like are those of ml_dtypes."""
