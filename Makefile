@@ -24,7 +24,7 @@ bench: $(BENCH)
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only --benchmark-json=.benchmarks/latest.json --timeout=1800
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 
-docs: $(READY)  # write the generated parts of README.md
+docs: $(READY)  # write docs/methods, and the table of methods in README.md
 	$(BIN)/python tests/test_documentation.py
 
 # torch first, and pinned: the constraint keeps pip from choosing another build for a package that needs torch

@@ -16,7 +16,7 @@ Each backend is a module with the functions of `Backend`, and all backends give 
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_cl.dtypes import compute_dtype, dtype_name, type_of
-from mergekit_cl.errors import BackendError, unknown
+from mergekit_cl.errors import BackendError, MergeError, unknown
+from mergekit_cl.formula import Program
 
 Array: TypeAlias = npt.NDArray[Any]
 Span: TypeAlias = Any
@@ -159,6 +160,62 @@ class Slices:
         return np.cumsum(counts) - counts
 
 
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """A formula bound to the rows of a table: entry i of input k is entry i of column k.
+
+    All that it computes is rounded to the compute type, operation by operation, which is that of ``constants``. Uniform
+    number k of an entry is ``(h >> 8) * 2**-24``, h its hash (see `Keep`) with the key ``keys[row, k]``.
+    """
+
+    program: Program | None
+    """What it computes (see `mergekit_cl.formula.Program`); ``None`` if its functions have to be called."""
+    constants: Array
+    """[rows, constants], in the compute type"""
+    keys: npt.NDArray[np.uint32]
+    """[rows, uniforms, 2]"""
+    numbers: Array
+    """[slices of all rows, numbers], in the compute type: what is given for each slice"""
+    functions: Sequence[Callable[..., Any]] = ()
+    """For each row what is called where there is no program, with arrays of the compute type that must not be written
+    into: the inputs, then the uniform numbers, then the slices' numbers. A tile has the shape [entries] or, where there
+    are slices, [slices, entries]; numbers are [slices, 1]. Returns a list of arrays of that shape, or that broadcast to it."""
+
+    @property
+    def compute(self) -> np.dtype[Any]:
+        """The compute type."""
+        return self.constants.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixFormula:
+    """A function of whole matrices, bound to one row of a table: (base, models), or (models) without a base.
+
+    It is called with arrays [m, n] of the compute type, NumPy's, or torch's on a GPU, and returns one.
+    """
+
+    function: Callable[..., Any]
+    has_base: bool
+    compute: np.dtype[Any]
+    shape: tuple[int, ...]
+    label: str
+    """What to call it in messages: the merge method and the tensor."""
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        """Call the function with the inputs [m, n], the base first; what it raises becomes a `MergeError`."""
+        arguments = [inputs[0], list(inputs[1:])] if self.has_base else [list(inputs)]
+        try:
+            result = self.function(*arguments)
+        except MergeError as error:
+            raise MergeError(f"{self.label}: {error}") from error
+        except Exception as error:  # whatever a user's function raises
+            raise MergeError(f"{self.label}: its formula failed with {type(error).__name__}: {error}") from error
+        if tuple(getattr(result, "shape", ())) != self.shape:
+            shape = tuple(getattr(result, "shape", ()))
+            raise MergeError(f"{self.label}: its formula returned a result of shape {shape} for matrices of shape {self.shape}")
+        return result
+
+
 class Backend(Protocol):
     """What a backend provides. ``pieces`` is int64 [pieces, 3]: (row, start, stop)."""
 
@@ -271,6 +328,83 @@ class Backend(Protocol):
 
         Returns:
             bool [rows]: True where a result, or any difference ``x_k - base`` (also one that is dropped), is not finite.
+
+        """
+
+    def elementwise(self, table: Table, formula: Formula, pieces: Array) -> npt.NDArray[np.bool_]:
+        """Compute a formula, entry by entry.
+
+        Args:
+            table: Columns [x_0, ..., x_{K-1}, out]. ``out`` may be one of the inputs of its row.
+            formula: What to compute; its program has no operation on rows.
+            pieces: What to compute it for; each starts at a multiple of `BLOCK`.
+
+        Returns:
+            bool [rows]: True where an input that is read or a result that is written is not finite.
+
+        """
+
+    def per_row(self, table: Table, formula: Formula, slices: Slices, pieces: Array) -> npt.NDArray[np.bool_]:
+        """Compute a formula that looks at whole slices, or has numbers for each.
+
+        Args:
+            table: As for `elementwise`.
+            formula: What to compute.
+            slices: How the rows are cut; not strided.
+            pieces: (row, first slice, slice after the last).
+
+        Returns:
+            As `elementwise`.
+
+        """
+
+    def per_matrix(self, table: Table, formulas: Sequence[MatrixFormula], pieces: Array) -> npt.NDArray[np.bool_]:
+        """Call functions of whole matrices.
+
+        Args:
+            table: Columns [x_0, ..., x_{K-1}, out].
+            formulas: One for each row.
+            pieces: (row, 0, 1).
+
+        Returns:
+            As `elementwise`.
+
+        """
+
+    def sum_of(self, table: Table, formula: Formula, slices: Slices | None, pieces: Array) -> npt.NDArray[np.float64]:
+        """Add up the outputs of a formula over each `BLOCK` of the pieces, in their order, or over each slice.
+
+        Args:
+            table: Columns [x_0, ..., x_{K-1}]; nothing is written.
+            formula: What to add up.
+            slices: How the rows are cut, not strided; ``None`` for blocks.
+            pieces: What to read; each starts at a multiple of `BLOCK`. With slices: (row, first slice, slice after the last).
+
+        Returns:
+            float64 [blocks, outputs] or [slices, outputs]: sums in float64; the last bits are a backend's own.
+
+        """
+
+    def histogram_of(
+        self, table: Table, formula: Formula, slices: Slices | None, low: Array, shift: Array, bins: int, wide: bool,
+        groups: npt.NDArray[np.intp], pieces: Array,
+    ) -> npt.NDArray[np.int64]:  # fmt: skip
+        """Count the magnitudes of a formula's only output in windows of their patterns, as `magnitude_histogram` does.
+
+        Args:
+            table: Columns [x_0, ..., x_{K-1}]; nothing is written.
+            formula: What to count.
+            slices: As for `sum_of`.
+            low: Where the windows start, int64 [rows, windows].
+            shift: int64 [rows, windows].
+            bins: Bins of every window.
+            wide: Whether patterns are those of the magnitudes as float64.
+            groups: For each piece the histogram that it is added to.
+            pieces: As for `sum_of`.
+
+        Returns:
+            int64 [groups, windows, bins + 2]: the bins; how many patterns are above the window; how many magnitudes are NaN or
+            infinite (they have the pattern of infinity).
 
         """
 

@@ -7,18 +7,24 @@
 from mergekit_cl import merge_methods as _registers_the_built_in_methods  # noqa: F401
 from mergekit_cl.api import merge
 from mergekit_cl.errors import BackendError, CheckpointError, MergeError, MismatchError, NonFiniteError, UnknownNameError
-from mergekit_cl.registry import Advice, Between, Fraction, PerModel, each, method, methods
+from mergekit_cl.formula import difference, moved, ranks
+from mergekit_cl.registry import Advice, Between, Fraction, PerModel, Values, each, method, methods
 from mergekit_cl.steps import (
     AtLeast,
     AtRandom,
     Consensus,
     Cut,
+    Elementwise,
     Gram,
     KeptMagnitude,
     KthMagnitude,
+    KthOf,
+    PerMatrix,
+    PerRow,
     Scope,
     Steps,
     Sum,
+    SumOf,
     SumOfSlices,
 )
 
@@ -31,22 +37,31 @@ __all__ = [
     "CheckpointError",
     "Consensus",
     "Cut",
+    "Elementwise",
     "Fraction",
     "Gram",
     "KeptMagnitude",
     "KthMagnitude",
+    "KthOf",
     "MergeError",
     "MismatchError",
     "NonFiniteError",
+    "PerMatrix",
     "PerModel",
+    "PerRow",
     "Scope",
     "Steps",
     "Sum",
+    "SumOf",
     "SumOfSlices",
     "UnknownNameError",
+    "Values",
+    "difference",
     "each",
     "merge",
     "method",
     "methods",
+    "moved",
+    "ranks",
 ]
 __version__ = "0.1.0"

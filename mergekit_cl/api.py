@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_cl import kernels
 from mergekit_cl.dtypes import EXACT, output_dtype
 from mergekit_cl.errors import Faults, MergeError, MismatchError, NonFiniteError, listing, unknown
 from mergekit_cl.execute import Advance, Executor
+from mergekit_cl.filters import Parameters
 from mergekit_cl.globs import Globs, check_globs
 from mergekit_cl.globs import chosen as chosen_names
 from mergekit_cl.memory import parse_size
@@ -91,7 +93,10 @@ def merge(
         shard_size: Bytes of a file of a checkpoint, at most.
         overwrite: Whether a checkpoint that exists is replaced, as a whole, once the new one is complete.
         verify: Whether a new checkpoint is read back and compared with the checksums of what was computed.
-        **parameters: The method's own parameters. A per-model parameter is a number, or a list with one for each model.
+        **parameters: The method's own parameters. A per-model parameter is a number, or a list with one for each model. Any
+            parameter may be a list of ``{"filter": ..., "value": ...}``, of which the first whose filter matches the name of a
+            tensor counts: a glob (``*`` also matches dots), or, without ``*``, ``?`` and ``[``, a part of the name. In the list
+            of a per-model parameter a model may have such a list of its own. Tensors that none matches have the default.
 
     Returns:
         The result, of the kind of the first model and on its device (a dictionary of NumPy arrays where that is a checkpoint);
@@ -170,18 +175,20 @@ def prepare_files(
         _check_seed(seed)
     with faults:
         dtype = None if out_dtype is None else output_dtype(out_dtype)
+    companions: Mapping[str, Any] = {}
     with faults:
         chosen = find(method)
-        chosen.resolve({name: value for name, value in parameters.items() if name != "scope"}, len(models))
+        companions, parameters = companions_of(chosen, len(models), parameters)
+        Parameters(chosen, {name: value for name, value in parameters.items() if name != "scope"}, len(models))
     with faults:
-        opened = _open(models, base)
+        opened = _open(models, base, None, companions)
     if chosen is not None:
         with faults:
             _check_counts(chosen, models, base)
             if opened is not None:
                 inputs, opened_base, labels = opened
                 prepared = prepare_models(
-                    chosen, inputs, opened_base, Path(out),
+                    chosen, inputs[: len(models)], opened_base, Path(out), companions=inputs[len(models) :],
                     labels=labels, parameters=parameters, out_dtype=dtype, seed=seed, only=only, exclude=exclude,
                 )  # fmt: skip
     faults.report()
@@ -202,14 +209,16 @@ def prepare(
     parameters: Mapping[str, Any],
     labels: Sequence[str] | None = None,
     constant: frozenset[int] = frozenset(),
+    others: Sequence[str] = (),
 ) -> tuple[Executor, Model]:
     """Open the models, plan the merge, bind it to a backend; also return the model that takes the result.
 
-    Arguments are those of `merge`; ``labels`` name the models and the base in messages, ``constant`` is for `Executor`.
+    Arguments are those of `merge`; ``labels`` name the models and the base in messages, ``constant`` is for `Executor`, and
+    ``others`` are names that the filter of a parameter may match, beside those of the models.
     """
     executor, target, _ = _prepare(
         method, models, base, out, backend=backend, out_dtype=out_dtype, nonfinite=nonfinite, seed=seed, threads=threads,
-        parameters=parameters, labels=labels, constant=constant,
+        parameters=parameters, labels=labels, constant=constant, others=others,
     )  # fmt: skip
     return executor, target
 
@@ -228,6 +237,7 @@ def _prepare(
     parameters: Mapping[str, Any],
     labels: Sequence[str] | None = None,
     constant: frozenset[int] = frozenset(),
+    others: Sequence[str] = (),
     only: Globs = None,
     exclude: Globs = None,
 ) -> tuple[Executor, Model, dict[str, Leaf]]:
@@ -236,7 +246,8 @@ def _prepare(
     _check_options(backend, nonfinite, threads)
     _check_seed(seed)
     dtype = None if out_dtype is None else output_dtype(out_dtype)
-    opened, opened_base, names = _open(models, base, labels)
+    companions, parameters = companions_of(method, len(models), parameters)
+    opened, opened_base, names = _open(models, base, labels, companions)
     target = opened[0]
     if out is not None:
         target = open_model(out, "out")
@@ -245,11 +256,12 @@ def _prepare(
         target = target.own_copy(dtype)
     kept = {}
     whole = target
+    every = [*opened, *([] if opened_base is None else [opened_base])]
+    all_names = dict.fromkeys(name for model in every for name in model.layout)
     if only is not None or exclude is not None:
         donor = opened[0] if opened_base is None else opened_base
         rule = chosen_names(only, exclude)
-        every = [*opened, *([] if opened_base is None else [opened_base])]
-        check_globs(only, exclude, dict.fromkeys(name for model in every for name in model.layout))
+        check_globs(only, exclude, all_names)
         kept = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
         _check_kept(donor, target, kept, out is not None or opened[0].own_copy is not None)
         opened = [model.restricted(rule) for model in opened]
@@ -257,7 +269,7 @@ def _prepare(
         target = target.restricted(rule)
     planned = plan(
         method,
-        opened,
+        opened[: len(models)],
         opened_base,
         target,
         parameters=parameters,
@@ -266,18 +278,41 @@ def _prepare(
         seed=int(seed),
         in_place=out is not None or opened[0].own_copy is not None,
         check_first=out is not None,
+        names=[*all_names, *others],
+        companions=opened[len(models) :],
     )
     return Executor(planned, backend=backend, threads=threads, nonfinite=nonfinite, constant=constant), whole, kept
 
 
-def _open(models: Sequence[Any], base: Any, labels: Sequence[str] | None = None) -> tuple[list[Model], Model | None, list[str]]:
-    """Open the models and the base; name them as the caller does, those on disk by their path, others by their number."""
+def companions_of(method: Method, models: int, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take the parameters that are models out of the others; name each model of them."""
+    companions: dict[str, Any] = {}
+    rest = dict(parameters)
+    for name in method.companions:
+        given = rest.pop(name, None)
+        if given is None:
+            raise MergeError(
+                f"{method.name} needs {name}: pass {name}=[...], a list with a model for each of the {models} models"
+            )
+        each = [given] if models == 1 and not isinstance(given, list | tuple) else given
+        if not isinstance(each, list | tuple) or len(each) != models:
+            count = f"{len(each)} of them" if isinstance(each, list | tuple) else type(each).__name__
+            raise MergeError(f"{method.name}: {name}: must be a list with a model for each of the {models} models, not {count}")
+        companions |= {f"{name} {index}": model for index, model in enumerate(each)}
+    return companions, rest
+
+
+def _open(
+    models: Sequence[Any], base: Any, labels: Sequence[str] | None = None, companions: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[list[Model], Model | None, list[str]]:
+    """Open the models, what stands beside them, and the base; name them as the caller does, or by path or number."""
     names = list(labels or [_label(model, f"model {index}") for index, model in enumerate(models)])
-    if base is not None and len(names) == len(models):
+    names[len(models) : len(models)] = [_label(model, name) for name, model in companions.items()]
+    if base is not None and len(names) == len(models) + len(companions):
         names.append(_label(base, "base"))
     opened: list[Model] = []
     faults = Faults()
-    for model, name in zip([*models, *([] if base is None else [base])], names, strict=True):
+    for model, name in zip([*models, *companions.values(), *([] if base is None else [base])], names, strict=True):
         with faults:
             opened.append(open_model(model, name))
     faults.report()

@@ -18,6 +18,7 @@ from mergekit_cl.checkpoint.reference import ModelRef
 from mergekit_cl.checkpoint.stored import Source
 from mergekit_cl.dtypes import EXACT
 from mergekit_cl.errors import MergeError, MismatchError, listing
+from mergekit_cl.globs import matches
 from mergekit_cl.recipe import Module, Recipe, Settings, Slice, at
 from mergekit_cl.recipe_parameters import OURS, REQUIRED, RecipeParameter, our_parameters, recipe_parameters
 from mergekit_cl.registry import find
@@ -73,14 +74,16 @@ class Part:
 class Assembly:
     """A recipe bound to models: all that there is to merge, and what else becomes of the result.
 
-    ``copied`` are the tensors of the result that are not merged. ``donor`` is the model whose config and other files the
-    result gets, and ``config_changes`` what changes in that config, by dotted path. ``tokenizer`` is the model whose tokenizer
-    files replace the donor's, ``chat_template`` Jinja text. ``scope`` is that of `mergekit_cl.merge`.
+    ``copied`` are the tensors of the result that are not merged; ``order`` has the names of all tensors. ``donor`` is the model
+    whose config and other files the result gets, and ``config_changes`` what changes in that config, by dotted path.
+    ``tokenizer`` is the model whose tokenizer files replace the donor's, ``chat_template`` Jinja text. ``scope`` is that of
+    `mergekit_cl.merge`.
     """
 
     method: str
     parts: tuple[Part, ...]
     copied: Mapping[str, Source]
+    order: tuple[str, ...]
     out_dtype: str | None
     donor: ModelRef
     config_changes: Mapping[str, Any]
@@ -168,13 +171,14 @@ class _Assembler:
         for piece in (piece for module in recipe.modules for piece in module.slices):
             every += [piece.parameters, *(source.parameters for source in piece.inputs)]
         conditions = [condition for settings in every for rules in settings.values() for condition in rules]
-        self.filters = sorted({condition.filter for condition in conditions if condition.filter not in (None, "*")})
+        self.filters = sorted({condition.filter for condition in conditions if condition.filter is not None})
         self.gradients = any(len(condition.values) > 1 for condition in conditions)
         self.resolved: dict[object, dict[str, Any] | None] = {}
         self.problems: dict[str, None] = {}
         self.notes = dict.fromkeys(recipe.notes)
         self.parts: dict[object, _Output] = {}
         self.copied: dict[str, Source] = {}
+        self.order: dict[str, None] = {}
         self.dropped: dict[str, None] = {}
         self.changes: dict[str, Any] = {}
         self.donor = opened[recipe.donor]
@@ -214,9 +218,10 @@ class _Assembler:
             Part(tuple(map(self.label, models)), count, parameters, tensors)
             for models, count, parameters, tensors in self.parts.values()
         )
+        order = tuple(dict.fromkeys([*self.order, *outside]))
         return Assembly(
-            self.method.name, parts, self.copied, recipe.out_dtype or recipe.dtype, recipe.donor, self.changes, tokenizer,
-            self._chat_template(), recipe.scope, tuple(self.notes),
+            self.method.name, parts, self.copied, order, recipe.out_dtype or recipe.dtype, recipe.donor, self.changes,
+            tokenizer, self._chat_template(), recipe.scope, tuple(self.notes),
         )  # fmt: skip
 
     def label(self, model: ModelRef) -> str:
@@ -353,6 +358,7 @@ class _Assembler:
                 self.problem(f'{self.label(model)} lacks "{name}", for "{inputs[has]}" of {self.label(models[has])}')
             elif fault := _difference(tensor, cast(Source, found[has])):
                 self.problem(f'{self.label(model)}, "{name}": {fault.format(other=self.label(models[has]))}')
+        self.order[result] = None
         if not self.names(result):
             self.copied[result] = cast(Source, found[-1 if piece.base is not None else 0])
             return
@@ -386,7 +392,10 @@ class _Assembler:
         key = (
             piece.place,
             t,
-            *(tuple(part in name for part in self.filters) for name in (names if len(names) == 1 else [result, *inputs])),
+            *(
+                tuple(matches(pattern, name) for pattern in self.filters)
+                for name in (names if len(names) == 1 else [result, *inputs])
+            ),
         )
         if key not in self.resolved:
             try:

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import blake2b
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from mergekit_cl.errors import MergeError
-from mergekit_cl.kernels import Array, Backend, Keep, Slices, Span, Table, TaskVectors
+from mergekit_cl.formula import bound
+from mergekit_cl.formula_rows import bind, compute_of, formula_of, hash_key
+from mergekit_cl.kernels import Array, Backend, Keep, MatrixFormula, Slices, Span, Table, TaskVectors
 from mergekit_cl.models import tensor
 from mergekit_cl.plan import Item, Plan
-from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Sum, SumOfSlices
+from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Elementwise, PerMatrix, Sum, SumOfSlices
 from mergekit_cl.steps import Keep as KeepStep
 
 Call: TypeAlias = Callable[[Table, Array], npt.NDArray[np.bool_] | bool]
@@ -54,6 +55,9 @@ class Batch:
 
     copied = True
     """Whether the result is the first input, or zero without one."""
+
+    alone = False
+    """Whether it takes all processors by itself, so that only one thread may call it."""
 
     def like(self, rows: list[Row]) -> "Batch":
         """Make a batch of this kind from some of its rows."""
@@ -143,6 +147,50 @@ class _TaskVectorBatch(Batch):
         return np.asarray(np.maximum(change + largest[:, 0], np.maximum(spread, votes * spread).sum(axis=1)))
 
 
+class _FormulaBatch(Batch):
+    """Rows of `Elementwise` and `PerRow`; the details are `FormulaRow`."""
+
+    copied = False
+
+    def __init__(self, rows: list[Row], step: Elementwise) -> None:
+        super().__init__(rows, step)
+        self.formula, self.slices = formula_of(self.details)
+
+    def call(self, backend: Backend) -> Call:
+        formula, slices = self.formula, self.slices
+        if slices is not None:
+            return lambda table, pieces: backend.per_row(table, formula, slices, pieces)
+        return lambda table, pieces: backend.elementwise(table, formula, pieces)
+
+    def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        formula = self.formula
+        if formula.program is None:
+            return np.full(len(largest), np.inf)
+        parts = [row.numbers for row in self.details]
+        numbers = [np.array([pick(part, axis=0, initial=0) for part in parts]) for pick in (np.min, np.max)]
+        constants = formula.constants.astype(np.float64)
+        return np.asarray(bound(formula.program, (-largest, largest), (constants, constants), (numbers[0], numbers[1])))
+
+
+class _MatrixBatch(Batch):
+    """Rows of `PerMatrix`; the details are (function of the inputs, shape)."""
+
+    copied = False
+    alone = True
+
+    slices: Slices
+
+    def __init__(self, rows: list[Row], step: PerMatrix) -> None:
+        super().__init__(rows, step)
+        self.slices = Slices(np.array([max(1, len(row.out)) for row in rows], np.int64), strided=False)
+
+    def call(self, backend: Backend) -> Call:
+        return lambda table, pieces: backend.per_matrix(table, self.details, pieces)
+
+    def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.full(len(largest), np.inf)
+
+
 class Binder:
     """Binds the apply steps of a plan's tensors to memory.
 
@@ -182,7 +230,13 @@ class Binder:
             MergeError: The step does not fit the plan, or a coefficient is not finite.
 
         """
-        if isinstance(step, Consensus):
+        if isinstance(step, PerMatrix) and len(item.shape) != 2:
+            step = step.otherwise
+        if isinstance(step, Elementwise):
+            self._add_formula(item, step)
+        elif isinstance(step, PerMatrix):
+            self._add_matrix(item, step)
+        elif isinstance(step, Consensus):
             self._add_consensus(item, step)
         elif isinstance(step, SumOfSlices):
             self._add_slices(item, step)
@@ -249,6 +303,24 @@ class Binder:
         )
         self._add(item, step, detail, (-1, *taking_part), _TaskVectorBatch, kind, step.elect, step.combine)
 
+    def _add_formula(self, item: Item, step: Elementwise) -> None:
+        row = bind(self.plan, item, step, self._compute[item.name])
+        self._add(item, step, row, row.sources, _FormulaBatch, row.kind)
+
+    def _add_matrix(self, item: Item, step: PerMatrix) -> None:
+        sources = (*((-1,) if self.plan.has_base else ()), *range(self.plan.models))
+        label = f"{self.plan.method.name}, {tensor(item.name)}"
+        detail = MatrixFormula(step.formula, self.plan.has_base, self._compute[item.name], item.shape, label)
+        self._add(item, step, detail, sources, _MatrixBatch)
+
+    @cached_property
+    def _compute(self) -> dict[str, np.dtype[Any]]:
+        """The type that formulas are computed in, by the names of tensors."""
+        types = {}
+        for _, items in self.plan.scopes:
+            types.update(dict.fromkeys((item.name for item in items), compute_of([self.spans[item.name] for item in items])))
+        return types
+
     def _does_not_fit(self, step: Apply) -> None:
         name, plan = self.plan.method.name, self.plan
         raise MergeError(f"{name}: returned {step} for {plan.models} models and {int(plan.has_base)} base")
@@ -302,7 +374,8 @@ def slices_of(item: Item, along: str) -> tuple[int, int]:
 
 def keep_for(keep: KeepStep | None, item: Item, models: Sequence[int], compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
     """Return the keys, thresholds and cuts of one row of `mergekit_cl.kernels.Keep`, [models, 2] each."""
-    keys = np.array([_key(keep, item.name, k) for k in models], np.uint32)
+    seed = keep.seed if isinstance(keep, AtRandom) else 0
+    keys = np.array([hash_key(seed, item.name, k) for k in models], np.uint32)
     cuts = np.array([_cuts(keep, k, compute) for k in models], np.int64)
     return keys, cuts[..., 1], cuts[..., 0]
 
@@ -329,13 +402,6 @@ def _keeps_nothing(keep: KeepStep | None, k: int) -> bool:
     if keep is None:
         return False
     return keep.density[k] <= 0 if isinstance(keep, AtRandom) else keep.cuts[k].magnitude == np.inf and not keep.cuts[k].share
-
-
-def _key(keep: KeepStep | None, name: str, k: int) -> tuple[int, int]:
-    """Make the key of the hashes of model k in a tensor."""
-    seed = keep.seed if isinstance(keep, AtRandom) else 0
-    digest = blake2b(f"{seed}\0{k}\0{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _cuts(keep: KeepStep | None, k: int, compute: np.dtype[Any]) -> tuple[tuple[int, int], tuple[int, int]]:

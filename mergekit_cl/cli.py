@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -154,8 +154,8 @@ def merge(
         typer.Option(
             "-p",
             "--parameter",
-            metavar="NAME=VALUE",
-            help="A parameter of the method; weight=0.5,0.3 has a value for each model.",
+            metavar="[FILTER:]NAME=VALUE",
+            help="A parameter of the method; weight=0.5,0.3 has one for each model, '*mlp*:density=0.3' one for some tensors.",
         ),
     ] = None,
     only: Only = None,
@@ -461,22 +461,50 @@ def _progress(doing: str, total: int, hidden: bool) -> Iterator[Callable[[float]
 
 
 def _parameters_of(given: list[str] | None) -> dict[str, Any]:
-    """Read name=value: numbers, true and false, none, words; a list has commas."""
-    parameters: dict[str, Any] = {}
+    """Read name=value, and filter:name=value for the tensors that a filter matches; the other tensors have the plain value."""
+    plain: dict[str, Any] = {}
+    filtered: dict[str, list[dict[str, Any]]] = {}
     problems = []
     for each in given or []:
-        name, _, text = (part.strip() for part in each.partition("="))
+        left, _, text = (part.strip() for part in each.partition("="))
+        pattern, colon, name = (part.strip() for part in left.rpartition(":"))
         name += "_" * iskeyword(name)  # lambda
-        values = [part.strip() for part in text.split(",")]
-        if not name or not all(values):
-            problems.append(f"-p {each}: must be name=value, such as -p density=0.2 or -p weight=0.5,0.3")
-        elif name in parameters:
-            problems.append(f"-p {each}: {name} is given twice; a list of values has commas")
-        else:
-            parameters[name] = [_value(value) for value in values] if len(values) > 1 else _value(values[0])
+        try:
+            if not name or bool(colon) != bool(pattern):
+                raise MergeError(_FORM)
+            value = _values(text)
+            if colon:
+                filtered.setdefault(name, []).append({"filter": pattern, "value": value})
+            elif name in plain:
+                raise MergeError(f"{name} is given twice; a list of values has commas")
+            else:
+                plain[name] = value
+        except MergeError as error:
+            problems.append(f"-p {each}: {error}")
+    for name, entries in filtered.items():
+        rest = plain.get(name)
+        if isinstance(rest, dict) or (isinstance(rest, list) and any(isinstance(item, dict | list) for item in rest)):
+            problems.append(f"-p {entries[0]['filter']}:{name}=...: {name} has filters in JSON too; give all in one way")
+        plain[name] = [*entries, *([{"filter": "*", "value": rest}] if name in plain else [])]
     if problems:
         raise MergeError(listing(problems))
-    return parameters
+    return plain
+
+
+_FORM = "must be name=value, such as -p density=0.2 or -p weight=0.5,0.3, or filter:name=value, such as -p '*mlp*:density=0.3'"
+
+
+def _values(text: str) -> Any:
+    """Read a value: numbers, true and false, none, words; a list has commas; what begins with a bracket is JSON."""
+    if text.startswith(("[", "{")):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise MergeError(f"is not JSON: {error}") from None
+    values = [part.strip() for part in text.split(",")]
+    if not all(values):
+        raise MergeError(_FORM)
+    return [_value(value) for value in values] if len(values) > 1 else _value(values[0])
 
 
 def _value(text: str) -> Any:
@@ -496,63 +524,66 @@ def methods(
     """List the merge methods, or document one."""
     console = Console()
     if name is None:
-        console.print(methods_table())
-        console.print("A method's whole documentation: mergekit-cl methods NAME", highlight=False)
-        console.print("Of LoRA adapters on disk: cat, svd", highlight=False)
+        console.print(methods_table(console), soft_wrap=not console.is_terminal)
     elif name in ADAPTER_METHODS:
         console.print(ADAPTER_METHODS[name], highlight=False, soft_wrap=not console.is_terminal)
     else:
-        text = documentation(find(name), reflow=console.is_terminal)
-        console.print(text, soft_wrap=not console.is_terminal)  # a file gets the lines as they were written
+        from mergekit_cl.pages import page, show
+
+        if console.is_terminal:
+            show(find(name), console)
+        else:
+            typer.echo(page(find(name), links=False), nl=False)
 
 
-def methods_table() -> Table:
-    """Make the table of all registered methods."""
-    table = Table("method", Column("what it does, parameters, paper", overflow="fold"), "base", "models", show_lines=True)
-    for method in registered().values():
-        lines = [
-            _code(method.summary),
-            *(Text("- ") + each for each in _parameters(method)),
-            Text(method.paper, style="dim", overflow="fold"),
-        ]
-        table.add_row(Text(method.name, style="bold"), Text("\n").join(lines), method.base, _models(method))
-    return table
+_GROUPS = {
+    "unused": "Of models alone",
+    "optional": "Of models, or of their differences from a base",
+    "required": "Of what models have learned since their base",
+}
 
 
-def documentation(method: Method, *, reflow: bool = False) -> Text:
-    """Lay out everything that is known about a method; reflow joins the lines of its paragraphs, but not of examples."""
-    paragraphs = method.documentation.split("\n\n")
-    if reflow:
-        paragraphs = [p if re.search(r"^(>>>|\s|[-*] )", p, re.MULTILINE) else p.replace("\n", " ") for p in paragraphs]
-    facts = {"base": method.base, "models": _models(method), "paper": method.paper}
-    return Text("\n").join([
-        Text(method.name, style="bold"),
-        Text(),
-        _code("\n\n".join(paragraphs)),
-        Text(),
-        Text("Parameters", style="bold"),
-        *(Text("  ") + parameter for parameter in _parameters(method) or [Text("none")]),
-        Text(),
-        *(Text(f"{fact + ':':8}{value}") for fact, value in facts.items()),
-    ])  # fmt: skip
+def methods_table(console: Console) -> RenderableType:
+    """Lay out a list of all registered methods: by what they need on a terminal, in plain lines elsewhere."""
+    colours = console.color_system is not None and not console.no_color
 
+    def summary(method: Method) -> Text:
+        return _code(method.summary) if colours else Text(method.summary.replace("``", "`"))
 
-def _parameters(method: Method) -> list[Text]:
-    return [
-        Text(str(parameter) + (", required" if parameter.required else ""), style="green")
-        for parameter in method.shown.values()
-    ]
+    known = registered().values()
+    widest = max(len(method.name) for method in known)
+    if not console.is_terminal:
+        return Text("\n").join(
+            Text(f"{method.name:{widest}}  {summary(method)} (base {method.base}, models {_models(method)})")
+            for method in known
+        )
+    tables: list[RenderableType] = []
+    for base, title in _GROUPS.items():
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(width=widest, style="bold")
+        table.add_column(ratio=1)
+        table.add_column(justify="right", width=4, style="dim")
+        for method in known:
+            if method.base == base:
+                table.add_row(method.name, summary(method), _models(method))
+        tables += [Text(f"{title} (base: {base})", style="bold underline"), table, ""]
+    return Group(
+        *tables,
+        Text("The last column is the number of models. A method's page: mergekit-cl methods NAME"),
+        Text("Of LoRA adapters on disk: cat, svd"),
+    )
 
 
 def _models(method: Method) -> str:
+    """Say how many models a method merges, in a few characters: 1, 2+, 1-2."""
     if method.least == method.most:
         return str(method.least)
-    return f"{method.least} or more" if method.most is None else f"{method.least} to {method.most}"
+    return f"{method.least}+" if method.most is None else f"{method.least}-{method.most}"
 
 
-def _code(documentation: str) -> Text:
-    """Show ````code```` and ```names``` of a docstring in colour, without the backquotes."""
+def _code(line: str) -> Text:
+    """Show ````code```` and ```names``` of a line of a docstring in colour, without the backquotes."""
     text = Text()
-    for index, part in enumerate(re.split(r"``(.+?)``|`(.+?)`", documentation, flags=re.DOTALL)):
+    for index, part in enumerate(re.split(r"``(.+?)``|`(.+?)`", line)):
         text.append(part or "", style="cyan" if index % 3 else "")
     return text

@@ -13,7 +13,7 @@ import yaml
 from mergekit_cl.assembly import Assembly, dtype_keys
 from mergekit_cl.checkpoint.reference import ModelRef, Opened
 from mergekit_cl.errors import CheckpointError, MergeError
-from mergekit_cl.globs import Globs, globs_of
+from mergekit_cl.globs import Globs, globs_of, matches_any
 from mergekit_cl.plan import Plan
 from mergekit_cl.recipe import read_recipe, recipe_text
 from mergekit_cl.registry import Method, find
@@ -124,15 +124,19 @@ def recipe_of(
     exclude: Globs,
 ) -> str | None:
     """Write the recipe that does the same as the arguments, if there is one."""
+    if planned.companions:  # parameters that are models have no place in a recipe
+        return None
     models = names[: planned.models]
     shared: dict[str, Any] = dict(scope)
     own: list[dict[str, Any]] = [{} for _ in models]
-    for name, value in planned.parameters.items():
+    distinct = {id(chosen): chosen for chosen in (planned.parameters_of(scope) for scope, _ in planned.scopes)}
+    given = next(iter(distinct.values())) if len(distinct) == 1 else planned.parameters.given
+    for name, value in given.items():
         if method.parameters[name].per_model:
             for place, each in zip(own, value, strict=True):
-                place[name.rstrip("_")] = each
+                place[name.rstrip("_")] = _for_all(each) if planned.exact else each
         else:
-            shared[name.rstrip("_")] = value
+            shared[name.rstrip("_")] = _for_all(value) if planned.exact else value
     recipe: dict[str, Any] = {"merge_method": method.name}
     if planned.has_base:
         recipe["base_model"] = names[-1]
@@ -151,6 +155,13 @@ def recipe_of(
         return recipe_text(read_recipe(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)))
     except MergeError:  # a recipe cannot say everything: not the same model twice
         return None
+
+
+def _for_all(value: Any) -> Any:
+    """Let entries with filters end with one for all tensors: a recipe needs a value for integers too, which are copied."""
+    if not isinstance(value, list) or any(matches_any(entry["filter"]) for entry in value):
+        return value
+    return [*value, {**value[-1], "filter": "*"}]
 
 
 def content(what: Path | bytes) -> bytes:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 BETA, P = 0.5, 0.25
 STEPS, QUICK_STEPS, BATCH, LEARNING_RATE = 300, 20, 64, 1e-3
 TEST_DIGITS = 100  # of each digit; the other 400 are for training
-REQUIRED = {"density": 0.2, "gamma": 0.01, "t": 0.5}  # values for parameters that have no default
+REQUIRED = {"density": 0.2, "gamma": 0.01, "t": 0.5, "window": 3}  # values for parameters that have no default
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _merge_with(method: Method, checkpoints: Sequence[Weights], base: Weights, t
     models = checkpoints if limit is None else checkpoints[-limit:]
     inputs = f"all {len(models)}" if len(models) == len(checkpoints) else f"last {len(models)}".removesuffix(" 1")
     inputs += "" if method.base == "unused" else " + start"
-    required = [name for name, parameter in method.parameters.items() if parameter.required]
+    required = [name for name, parameter in (method.companions | method.parameters).items() if parameter.required]
     unknown = ", ".join(name for name in required if name not in REQUIRED)
     if unknown:
         return Merged(inputs, problem=f"needs parameters: {unknown}")

@@ -20,11 +20,12 @@ from mergekit_cl import kernels
 from mergekit_cl.batches import Batch, Binder, Row
 from mergekit_cl.dtypes import largest_finite
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
+from mergekit_cl.formula_rows import bind
 from mergekit_cl.kernels import BLOCK, Array, Slices, Span, Table
 from mergekit_cl.models import Leaf, library_of, tensor
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.registry import Method
-from mergekit_cl.steps import Apply, Survey
+from mergekit_cl.steps import Apply, Elementwise, Survey
 from mergekit_cl.survey import carry_out, check
 from mergekit_cl.windows import Windows, on_disk, portions
 
@@ -122,7 +123,7 @@ class Executor:
         """Run the methods of all scopes to their end, in lockstep; return each tensor's apply step."""
         plan = self.plan
         with _explained(plan.method):
-            outcomes = [plan.method(scope, **plan.parameters) for scope, _ in plan.scopes]
+            outcomes = [plan.method(scope, **plan.parameters_of(scope)) for scope, _ in plan.scopes]
             if plan.method.surveys:
                 outcomes = self._lockstep(outcomes)
         return [(item, step) for (_, group), step in zip(plan.scopes, outcomes, strict=True) for item in group]
@@ -148,10 +149,12 @@ class Executor:
         *,
         few: bool = False,
         backwards: bool = False,
+        alone: bool = False,
     ) -> Iterable[tuple[Array, Any]]:
         """Call a kernel for all pieces of a table, in threads on a CPU; yield each share of pieces with its result.
 
-        ``slices`` makes the pieces count slices; ``few`` asks for large shares, because each of them costs something.
+        ``slices`` makes the pieces count slices; ``few`` asks for large shares, because each of them costs something; ``alone``
+        for one call at a time.
         """
         cut = self.plan.device == "cpu"
         windowed = cut and any(map(on_disk, chain.from_iterable(table.spans)))
@@ -166,7 +169,7 @@ class Executor:
             shares = deal(table.lengths, self.threads, chunk)
         if backwards:
             shares.reverse()
-        side_by_side = self._pool.map if self._pool else map
+        side_by_side = self._pool.map if self._pool and not alone else map
         if not windowed:
             return zip(shares, side_by_side(partial(call, table), shares), strict=True)
         later = [*shares[self.threads :], *[None] * self.threads]
@@ -199,7 +202,8 @@ class Executor:
         spoiled = np.zeros(len(batch.rows), bool)
         if batch.copied and self.nonfinite == "error" and not self.plan.check_first:
             spoiled |= ~np.isfinite(self._largest(batch.inputs)).all(axis=1)
-        for pieces, flags in self.sweep(batch.call(self.backend), batch.table, batch.slices, backwards=self.plan.check_first):
+        call, backwards = batch.call(self.backend), self.plan.check_first
+        for pieces, flags in self.sweep(call, batch.table, batch.slices, backwards=backwards, alone=batch.alone):
             spoiled |= flags
             if self.outputs is not None and spoiled.any() and self.nonfinite == "error":
                 break  # what has been written will be thrown away
@@ -304,11 +308,14 @@ def rehearse(plan: Plan) -> None:
     """
     with _explained(plan.method):
         for number, (scope, _) in enumerate(plan.scopes):
-            outcome = plan.method(scope, **plan.parameters)
+            outcome = plan.method(scope, **plan.parameters_of(scope))
             if plan.method.surveys:
                 for survey in islice(outcome, 1):
                     check(plan, number, survey)
                 outcome.close()
+            elif isinstance(outcome, Elementwise):
+                for item in plan.scopes[number][1]:
+                    bind(plan, item, outcome, np.dtype(np.float32))
 
 
 @contextmanager

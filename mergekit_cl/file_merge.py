@@ -164,11 +164,11 @@ class FileMerge:
         """Tell what a run would do, in types that JSON has: what becomes of how many tensors; bytes; files."""
         rows: dict[str, list[int]] = {}
         for each in self.job.plans:
-            given = ", ".join(f"{name.rstrip('_')}={_shown(value)}" for name, value in each.parameters.items())
-            row = rows.setdefault(f"{each.method.name}({given})", [0, 0])
-            floating = [item for _, items in each.scopes for item in items]
-            row[0] += len(floating)
-            row[1] += sum(prod(item.shape) for item in floating)
+            for scope, items in each.scopes:
+                given = ", ".join(f"{name.rstrip('_')}={_shown(value)}" for name, value in each.parameters_of(scope).items())
+                row = rows.setdefault(f"{each.method.name}({given})", [0, 0])
+                row[0] += len(items)
+                row[1] += sum(prod(item.shape) for item in items)
             if each.exact:
                 row = rows.setdefault("copied, equal in all models", [0, 0])
                 row[0] += len(each.exact)
@@ -211,7 +211,7 @@ class FileMerge:
             (
                 each.method.name,
                 _code(each.method),
-                {name: repr(value) for name, value in each.parameters.items()},
+                {name: repr(value) for name, value in each.parameters.given.items()},
                 [
                     [scope.seed, *([item.names, item.dtype, list(map(_identity, item.leaves))] for item in items)]
                     for scope, items in each.scopes
@@ -241,6 +241,7 @@ def prepare_models(
     seed: int = 0,
     only: Globs = None,
     exclude: Globs = None,
+    companions: Sequence[Model] = (),
 ) -> FileMerge:
     """Prepare the merge that the arguments of `mergekit_cl.merge` describe.
 
@@ -255,19 +256,21 @@ def prepare_models(
         seed: For random masks.
         only: Globs: what is merged.
         exclude: Globs: what is not.
+        companions: The opened models that are parameters of the method.
 
     Raises:
         MergeError: The models cannot be merged so; all problems of a kind are in one message.
 
     """
-    inputs = [*models, base] if base is not None else list(models)
+    inputs = [*models, *companions, *([] if base is None else [base])]
     opened = [model.origin for model in inputs if model.origin is not None]
     checkpoints = [checkpoint for each in opened for checkpoint in each.checkpoints]
     donor = inputs[-1] if base is not None else inputs[0]
     rule = chosen(only, exclude)
     faults = Faults()
+    names = dict.fromkeys(name for model in inputs for name in model.layout)
     with faults:
-        check_globs(only, exclude, dict.fromkeys(name for model in inputs for name in model.layout))
+        check_globs(only, exclude, names)
     inputs, notes = _without_tied_heads(inputs, donor, labels)
     donor = inputs[-1] if base is not None else inputs[0]
     copies = {name: leaf for name, leaf in donor.leaves.items() if not rule(name)}
@@ -277,7 +280,8 @@ def prepare_models(
     with faults:
         planned = plan(
             method, merged[: len(models)], None if base is None else merged[-1], merged[0],
-            parameters=parameters, labels=labels, out_dtype=out_dtype, seed=seed,
+            companions=merged[len(models) : len(models) + len(companions)], parameters=parameters, labels=labels,
+            out_dtype=out_dtype, seed=seed, names=names,
         )  # fmt: skip
         rehearse(planned)
         if planned.device != "cpu":
@@ -287,14 +291,16 @@ def prepare_models(
     if len(opened) == len(inputs):
         scope = {"scope": parameters["scope"]} if "scope" in parameters else {}
         recipe = recipe_of(method, [each.label for each in opened], planned, scope, out_dtype, seed, only, exclude)
-    companions = companions_of(donor.origin, _dtype_of([planned]), {}, recipe, [each.label for each in opened], method.name)
+    beside = companions_of(donor.origin, _dtype_of([planned]), {}, recipe, [each.label for each in opened], method.name)
     if opened and donor.origin is None and Path(target).suffix != ".safetensors":
         notes += (
             f"the result has weights alone: {labels[-1 if base is not None else 0]} is in memory, and has no config to copy",
         )
     there = {item.name for item in planned.items} | copies.keys()
     order = [name for name in dict.fromkeys([*inputs[0].layout, *copies]) if name in there]
-    return _file_merge(target, Job((planned,), copies), order, companions, donor.origin, checkpoints, notes, recipe or "")
+    return _file_merge(
+        target, Job(planned.by_parameters(), copies), order, beside, donor.origin, checkpoints, notes, recipe or ""
+    )
 
 
 def prepare_recipe(
@@ -345,7 +351,7 @@ def prepare_recipe(
             'scope: with "model" all tensors need the same parameters and models; leave gradients, filters and slices away'
         )
     method = find(assembly.method)
-    scope = {"scope": assembly.scope} if method.surveys else {}
+    scope = {"scope": assembly.scope} if "scope" in method.shown else {}
     plans = []
     for part in assembly.parts:
         with faults:
@@ -362,9 +368,8 @@ def prepare_recipe(
     choose_tokenizer(companions, assembly, opened, copy_tokenizer)
     if not write_card:
         companions.pop("README.md", None)
-    order = [*(name for part in assembly.parts for name in part.tensors), *copies]
     checkpoints = [checkpoint for each in opened.values() for checkpoint in each.checkpoints]
-    return _file_merge(target, Job(tuple(plans), copies), order, companions, donor, checkpoints, assembly.notes, text)
+    return _file_merge(target, Job(tuple(plans), copies), assembly.order, companions, donor, checkpoints, assembly.notes, text)
 
 
 def _without_tied_heads(inputs: Sequence[Model], donor: Model, labels: Sequence[str]) -> tuple[list[Model], tuple[str, ...]]:

@@ -20,11 +20,12 @@ from mergekit_cl.execute import WINDOW, Advance, Executor, Nonfinite, processors
 from mergekit_cl.kernels import BLOCK, Array, Span
 from mergekit_cl.models import library_of, tensor
 from mergekit_cl.plan import Item, Plan
-from mergekit_cl.steps import Gram
+from mergekit_cl.steps import Gram, PerMatrix, PerRow, SumOf, SumOfSlices
 from mergekit_cl.windows import Incoming, Outgoing
 
 _SMALL = 4 << 20  # elements of a job that NumPy has merged before numba is imported
 _LOADED = 4 << 20  # bytes of a tensor that a thread loads at a time
+_DECOMPOSITION = 120  # bytes for each entry of a matrix that is decomposed, measured
 _FIXED = 96 << 20  # bytes for what is not the data of tensors: counters, scratch, names, code that is compiled
 
 
@@ -163,6 +164,11 @@ def check_memory(job: Job, memory: int, threads: int | None, held: int = 0) -> N
             if along == "columns":
                 need, room = prod(item.shape) * _width(item), budget.kept
                 share = 1 if budget.window == WINDOW else 2
+            elif along == "matrices":
+                work = _DECOMPOSITION + len(item.leaves) * (8 if _is_wide(item) else 4)
+                need, room, share = prod(item.shape) * (_width(item) + work), budget.kept, 1
+                if len(item.shape) != 2:
+                    continue
             else:
                 row = item.shape[-1] if item.shape else 1
                 need, room, share = row * _width(item), budget.window + budget.kept // threads, threads
@@ -298,13 +304,22 @@ def _in_threads(work: Callable[[Any], object], tasks: Sequence[Any], threads: in
 
 
 def _along(plan: Plan) -> str | None:
-    """Return what slices of tensors a plan's method looks at first, "rows" or "columns", if any."""
-    if not plan.method.surveys or not plan.scopes:
+    """Return what a plan's method looks at as a whole first, if anything: "rows", "columns" or "matrices"."""
+    if not plan.scopes:
         return None
-    run = plan.method(plan.scopes[0][0], **plan.parameters)
-    survey = next(run, None)
-    run.close()
-    return survey.along if isinstance(survey, Gram) else None
+    if plan.method.ends_in(PerMatrix):
+        return "matrices"
+    scope = plan.scopes[0][0]
+    step = run = plan.method(scope, **plan.parameters_of(scope))
+    if plan.method.surveys:
+        try:
+            step = next(run)
+        except StopIteration as end:  # it has no use for a survey
+            step = end.value
+        run.close()
+    if isinstance(step, Gram | SumOf | SumOfSlices):
+        return step.along
+    return "matrices" if isinstance(step, PerMatrix) else "rows" if isinstance(step, PerRow) else None
 
 
 def _span(leaf: Any) -> Span:
@@ -319,6 +334,10 @@ def _width(item: Item, result: bool = True) -> int:
     """Bytes that one element takes in all inputs, and in the result."""
     inputs = sum(numpy_dtype(leaf.dtype).itemsize for leaf in item.leaves if is_source(leaf))
     return inputs + result * numpy_dtype(item.dtype).itemsize
+
+
+def _is_wide(item: Item) -> bool:
+    return any(str(leaf.dtype).endswith("float64") for leaf in item.leaves)
 
 
 def _megabytes(size: int) -> int:

@@ -1,14 +1,15 @@
 """Aligns models, resolves parameters, and checks everything that can be checked before a byte of data is read."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
 from mergekit_cl.dtypes import EXACT, unmergeable
-from mergekit_cl.errors import MergeError, MismatchError, listing
+from mergekit_cl.errors import Faults, MergeError, MismatchError, listing
+from mergekit_cl.filters import Parameters
 from mergekit_cl.layout import Entry, ties
 from mergekit_cl.models import Leaf, Library, Model, library_of, tensor
 from mergekit_cl.registry import SCOPE, Method
@@ -50,12 +51,14 @@ class Item:
 class Plan:
     """A merge, ready to run: nothing in it depends on the data.
 
-    ``labels`` say what to call each input in messages: the models, then the base (where there is one). ``in_place`` says that
-    results go into tensors that exist already, ``check_first`` that these must not be touched if anything is wrong.
+    ``scopes`` are what the method is called for, each with the tensors that it consists of. ``labels`` say what to call each
+    input in messages: the models, as many for each of the ``companions`` (parameters that are models), then the base (where
+    there is one). ``in_place`` says that results go into tensors that exist already, ``check_first`` that these must not be
+    touched if anything is wrong.
     """
 
     method: Method
-    parameters: Mapping[str, Any]
+    parameters: Parameters
     scopes: tuple[tuple[Scope, tuple[Item, ...]], ...]
     exact: tuple[Item, ...]
     labels: tuple[str, ...]
@@ -63,6 +66,12 @@ class Plan:
     device: str
     in_place: bool
     check_first: bool
+    companions: tuple[str, ...] = ()
+
+    @cached_property
+    def traces(self) -> dict[Any, Any]:
+        """The formulas that have been traced for this plan."""
+        return {}
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -72,7 +81,23 @@ class Plan:
     @property
     def has_base(self) -> bool:
         """Whether the last input is the base."""
-        return len(self.labels) > self.models
+        return len(self.labels) > self.models * (1 + len(self.companions))
+
+    def parameters_of(self, scope: Scope) -> Mapping[str, Any]:
+        """Return what the method is called with for a scope; an equal choice is the same object."""
+        return self.parameters.at(scope.names[0] if scope.names else "")
+
+    def by_parameters(self) -> "tuple[Plan, ...]":
+        """Split the plan: in each part the method is called with the same parameters for all scopes."""
+        parts: dict[int, list[tuple[Scope, tuple[Item, ...]]]] = {}
+        for scope, items in self.scopes:
+            parts.setdefault(id(self.parameters_of(scope)), []).append((scope, items))
+        if len(parts) < 2:
+            return (self,)
+        return tuple(
+            replace(self, scopes=tuple(scopes), exact=() if number else self.exact)
+            for number, scopes in enumerate(parts.values())
+        )
 
 
 def plan(
@@ -87,6 +112,8 @@ def plan(
     in_place: bool = False,
     check_first: bool = False,
     seed: int = 0,
+    names: Iterable[str] = (),
+    companions: Sequence[Model] = (),
 ) -> Plan:
     """Plan a merge of opened models.
 
@@ -101,6 +128,8 @@ def plan(
         in_place: Whether to write into the target's tensors.
         check_first: Whether the target is the user's own, so that nothing may be written before all is checked.
         seed: For methods with random masks.
+        names: Tensors that are not merged, but that the filter of a parameter may match.
+        companions: The models that are parameters of the method, in the order of `Method.companions`.
 
     Raises:
         MismatchError: Names, shapes, devices, kinds of dtype or ties differ. One message lists all problems.
@@ -108,16 +137,26 @@ def plan(
 
     """
     given = dict(parameters)
-    kind = SCOPE.check(given.pop("scope", "tensor") if method.surveys else "tensor", f"{method.name}:")
-    inputs = [*models, base] if base is not None else list(models)
-    device = _check_alignment(inputs, target, labels)
-    items = _items(inputs, target)
-    if in_place:
-        if method.orderless:
-            items = [_flat(item) for item in items]
-        _check_target(items, target)
-    if check_first:
-        _check_overlap(items, labels)
+    inputs = [*models, *companions, *([] if base is None else [base])]
+    merged: list[str] | None = None
+    faults = Faults()
+    with faults:
+        device = _check_alignment(inputs, target, labels)
+        items = _items(inputs, target)
+        merged = [item.name for item in items if item.dtype not in EXACT]
+        if in_place:
+            if method.orderless:
+                items = [_flat(item) for item in items]
+            _check_target(items, target)
+        if check_first:
+            _check_overlap(items, labels)
+    with faults:
+        kind = SCOPE.check(given.pop("scope", "tensor") if "scope" in method.shown else "tensor", f"{method.name}:")
+    with faults:
+        settings = Parameters(method, given, len(models), merged, [*target.layout, *names])
+    faults.report()
+    if kind == "model":
+        settings.check_equal(merged or ())
     exact = tuple(item for item in items if item.dtype in EXACT)
     floating = [item for item in items if item.dtype not in EXACT]
     if out_dtype is not None and not in_place:
@@ -136,8 +175,9 @@ def plan(
         )
         for group in groups
     )
-    resolved = method.resolve(given, len(models))
-    return Plan(method, resolved, scopes, exact, tuple(labels), len(models), device, in_place, check_first)
+    return Plan(
+        method, settings, scopes, exact, tuple(labels), len(models), device, in_place, check_first, tuple(method.companions)
+    )
 
 
 def _check_alignment(inputs: Sequence[Model], target: Model, labels: Sequence[str]) -> str:

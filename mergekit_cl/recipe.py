@@ -14,20 +14,21 @@ from mergekit_cl.chat_templates import TEMPLATES
 from mergekit_cl.checkpoint.reference import ModelRef
 from mergekit_cl.dtypes import type_of
 from mergekit_cl.errors import MergeError, listing, unknown
+from mergekit_cl.globs import matches
 from mergekit_cl.recipe_parameters import REQUIRED, THEIRS, RecipeParameter, Scalar, recipe_parameters
 from mergekit_cl.registry import Method, find, methods
 
 
 @dataclass(frozen=True)
 class Condition:
-    """The values that a parameter has for tensors whose name contains ``filter``: one, or a gradient over the layers."""
+    """The values that a parameter has for tensors whose name ``filter`` matches: one, or a gradient over the layers."""
 
     filter: str | None
     values: tuple[Scalar, ...]
 
     def holds(self, name: str) -> bool:
         """Whether it is meant for a tensor of that name."""
-        return self.filter is None or self.filter == "*" or self.filter in name
+        return matches(self.filter, name)
 
     def at(self, t: float) -> Scalar:
         """Return the value at the position t, 0 to 1: numbers are interpolated, others are steps of equal length."""
@@ -305,12 +306,16 @@ class _Reader:
             self.problems.append("merge_method is missing: name a method, such as merge_method: linear")
         elif not isinstance(name, str):
             self.problems.append(f"merge_method: must be the name of a method, not {_shown(name)}")
-        elif name in THEIRS and name not in methods():
-            self.problems.append(f"merge_method: {name} of mergekit is not there yet; there are {', '.join(methods())}")
         else:
             try:
                 self.method = find(name)
                 self.known = recipe_parameters(self.method)
+                if self.method.companions:
+                    needs = ", ".join(self.method.companions)
+                    self.problems.append(
+                        f"merge_method: {name} needs models as parameters ({needs}), which recipes do not have; use "
+                        "mergekit-cl merge"
+                    )
             except MergeError as error:
                 self.problems.append(f"merge_method: {error}")
 

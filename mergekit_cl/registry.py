@@ -1,20 +1,22 @@
 """The table of merge methods: ``@method`` reads a function's signature and docstring, and that is all a method needs.
 
 A method is a function of a `Scope` and keyword-only parameters. It touches no data: it returns a step, or yields surveys
-and then returns a step (see `mergekit_cl.steps`). Parameters are annotated ``float``, ``int``, ``bool`` or ``Literal[...]``,
-with their range in ``Annotated`` (``Annotated[float, Between(0, 1)]``, short `Fraction`), and as ``PerModel[...]`` where
-each model has its own value.
+and then returns a step (see `mergekit_cl.steps`). Or it is a formula: a function of arrays, (base, models) or (models), that
+computes the entries of the result (see `Elementwise`). Parameters are annotated ``float``, ``int``, ``bool`` or
+``Literal[...]``, with their range in ``Annotated`` (``Annotated[float, Between(0, 1)]``, short `Fraction`), and as
+``PerModel[...]`` where each model has its own value.
 """
 
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Generator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from mergekit_cl.errors import Faults, MergeError, unknown
-from mergekit_cl.steps import Scope, Sum
+from mergekit_cl.steps import Apply, Elementwise, Scope, Sum
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +46,17 @@ class _PerModel:
 
 PerModel: TypeAlias = Annotated[tuple[T, ...], _PerModel()]
 """A parameter with one value per model. A caller gives a number for all models, or a list in the order of the models."""
+
+Values: TypeAlias = Any
+"""Entries of a model in a formula: an array in the compute type, or a symbol that stands for one (see `Elementwise`)."""
+
+
+class _OfModels:
+    """Marks a parameter that is a list of models."""
+
+
+Models: TypeAlias = Annotated[list[Any], _OfModels()]
+"""A parameter of a formula that is a model for each model, with the same tensors: the formula is given a list of `Values`."""
 
 Fraction: TypeAlias = Annotated[float, Between(0, 1)]
 """A number in [0, 1]."""
@@ -79,6 +92,7 @@ class Parameter:
     choices: tuple[Any, ...] = ()
     default: Any = inspect.Parameter.empty
     advice: str = ""
+    of_models: bool = False
 
     @property
     def required(self) -> bool:
@@ -87,6 +101,8 @@ class Parameter:
 
     def __str__(self) -> str:
         """Show the parameter as documentation does: ``beta=0.5 in [0, 1]``."""
+        if self.of_models:
+            return f"{self.name} (a model for each model)"
         default = self.default[0] if isinstance(self.default, _Each) else self.default
         text = self.name if self.required else f"{self.name}={default!r}"
         if self.choices:
@@ -146,7 +162,7 @@ class Method:
 
     name: str
     function: Callable[..., Any]
-    parameters: Mapping[str, Parameter]
+    parameters: dict[str, Parameter]
     base: Literal["required", "optional", "unused"]
     least: int
     most: int | None
@@ -154,11 +170,19 @@ class Method:
     surveys: bool
     orderless: bool = False
     """Whether each entry of the result depends on nothing but the same entry of the inputs, whatever its index."""
+    whole_model: bool = True
+    """Whether a method that surveys can look at the whole model."""
+    companions: dict[str, Parameter] = field(default_factory=dict)
+    """The parameters of a formula that are models, one for each model."""
+    returns: Any = None
+    """The type of what it returns, or yields surveys and returns, as annotated."""
+    is_formula: bool = False
+    """Whether the function is a formula over arrays, and not one of a scope."""
 
     @property
     def shown(self) -> dict[str, Parameter]:
         """The parameters that a user can give: those of the function, and the scope of a method that surveys."""
-        return {**self.parameters, **({"scope": SCOPE} if self.surveys else {})}
+        return {**self.companions, **self.parameters, **({"scope": SCOPE} if self.surveys and self.whole_model else {})}
 
     @property
     def summary(self) -> str:
@@ -170,14 +194,22 @@ class Method:
         """The whole docstring."""
         return inspect.cleandoc(self.function.__doc__ or "")
 
+    def ends_in(self, step: type) -> bool:
+        """Whether the function is annotated to return such a step: as ``step``, or as a union or a generator of it."""
+        returns = get_args(self.returns)[2] if get_origin(self.returns) is Generator else self.returns
+        return returns is not Apply and step in (returns, *get_args(returns))
+
     def __call__(self, scope: Scope, **parameters: Any) -> Any:
         """Run the method's function."""
+        if self.is_formula:
+            return Elementwise(partial(self.function, **parameters))
         return self.function(scope, **parameters)
 
-    def resolve(self, given: Mapping[str, object], models: int) -> dict[str, Any]:
+    def resolve(self, given: Mapping[str, object], models: int, without: Container[str] = ()) -> dict[str, Any]:
         """Check the parameters of a call, fill in the defaults, and return what the function is called with.
 
         A name that is a Python keyword may be given with or without its trailing underscore (``lambda_``, ``lambda``).
+        ``without`` are parameters that are given, but left out here: their values differ from tensor to tensor.
         """
         names = {name.rstrip("_"): name for name in self.parameters}
         faults = Faults()
@@ -196,7 +228,7 @@ class Method:
                 )
         resolved = {}
         for name, parameter in self.parameters.items():
-            if name not in missing:
+            if name not in missing and name not in without:
                 with faults:
                     resolved[name] = parameter.resolve(values.get(name, parameter.default), models, f"{self.name}:")
         faults.report()
@@ -211,17 +243,22 @@ def method(
     paper: str,
     base: Literal["required", "optional", "unused"] = "unused",
     models: tuple[int, int | None] = (1, None),
+    whole_model: bool = True,
 ) -> Callable[[F], F]:
     """Register a function as the merge method of its name, and return the function itself.
+
+    The function takes a `Scope` and returns a step, or it is a formula: it takes arrays, (models) or (base, models), and
+    returns an array. Its own parameters follow after ``*``.
 
     Args:
         paper: Where the method comes from, a URL.
         base: Whether the method needs a base model, can use one, or has no use for one.
         models: The least and the greatest number of models, without the base; ``None`` for no limit.
+        whole_model: Whether a method that surveys is offered with ``scope="model"``.
 
     Raises:
         TypeError: The function has no docstring, a parameter is not keyword-only, not annotated or of a type that parameters
-            cannot have, or the name is taken by a method of another module.
+            cannot have, the arrays of a formula do not fit ``base``, or the name is taken by a method of another module.
 
     """
 
@@ -234,12 +271,35 @@ def method(
             raise TypeError(f"{where}: the name is taken by {taken.function.__module__}; choose another")
         hints = get_type_hints(function, include_extras=True)
         declared = list(inspect.signature(function).parameters.values())
-        if not declared or declared[0].kind is inspect.Parameter.KEYWORD_ONLY:
-            raise TypeError(f"{where}: its first parameter must be the scope, before the *")
-        parameters = {p.name: _read_parameter(p, hints, where) for p in declared[1:]}
+        leading = [p.name for p in declared if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        is_formula = bool(leading) and leading[0] in ("base", "models") and hints.get(leading[0]) is not Scope
+        if is_formula and leading != (["base", "models"] if base == "required" else ["models"]):
+            raise TypeError(f'{where}: a formula takes (models, *, ...), or with base="required" (base, models, *, ...)')
+        if is_formula and base == "optional":
+            raise TypeError(f'{where}: the base of a formula is "required" or "unused"')
+        if not leading:
+            raise TypeError(f"{where}: its first parameter must be the scope, before the *; those of a formula base and models")
+        parameters = {p.name: _read_parameter(p, hints, where) for p in declared[len(leading) if is_formula else 1 :]}
         surveys = inspect.isgeneratorfunction(function)
-        orderless = not surveys and hints.get("return") is Sum
-        _methods[name] = Method(name, function, parameters, base, *models, paper, surveys, orderless)
+        orderless = is_formula or (not surveys and hints.get("return") is Sum)
+        companions = {p.name: p for p in parameters.values() if p.of_models}
+        if companions and not is_formula:
+            raise TypeError(f"{where}: parameters that are models, {', '.join(companions)}, are for formulas")
+        numbers = {name: parameter for name, parameter in parameters.items() if name not in companions}
+        _methods[name] = Method(
+            name,
+            function,
+            numbers,
+            base,
+            *models,
+            paper,
+            surveys,
+            orderless,
+            whole_model,
+            companions,
+            hints.get("return"),
+            is_formula,
+        )
         return function
 
     return register
@@ -254,6 +314,8 @@ def _read_parameter(parameter: inspect.Parameter, hints: Mapping[str, Any], wher
     if parameter.name in _RESERVED:
         raise TypeError(f"{where}: the name belongs to merge() itself; choose another")
     hint, marks = _unwrap(hints[parameter.name])
+    if any(isinstance(mark, _OfModels) for mark in marks):
+        return Parameter(parameter.name, list, per_model=True, of_models=True)
     per_model = any(isinstance(mark, _PerModel) for mark in marks)
     if per_model:
         hint, inner = _unwrap(get_args(hint)[0])
@@ -307,4 +369,4 @@ def methods() -> dict[str, Method]:
     return dict(sorted(_methods.items()))
 
 
-__all__ = ["Advice", "Between", "Fraction", "Method", "Parameter", "PerModel", "each", "find", "method", "methods"]
+__all__ = ["Advice", "Between", "Fraction", "Method", "Parameter", "PerModel", "Values", "each", "find", "method", "methods"]

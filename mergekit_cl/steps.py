@@ -8,11 +8,11 @@ An **apply step** says how every element of the result is computed. A method ret
 the vocabulary that a method has; none of them holds data of a model.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import fsum, inf, isfinite, isnan
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +186,52 @@ class Consensus:
         _check("Consensus", "combine", self.combine, get_args(Combine))
 
 
+@dataclass(frozen=True, eq=False)
+class Elementwise:
+    """Apply step: a formula, entry by entry.
+
+    Args:
+        formula: A function of arrays that returns an array, written with NumPy. It is called with the base, where the method
+            has one, and a list of the models; all in the compute type. Entry i of its result may depend on nothing but entry
+            i of these, because it is called with parts of tensors. Where it does nothing but arithmetic, comparisons,
+            ``np.where`` and functions such as ``np.abs`` and ``np.sqrt``, it is called once, with symbols, and compiled; else
+            it is called again and again with arrays that must not be written into.
+        read: Which models the list has, by their numbers; ``None`` for all. The others are not read.
+        seed: With a number the formula is also given ``uniform=``: for each model in the list an array of random numbers in
+            [0, 1), which depend on the seed, the name of the tensor in the result, the number of the model and the index of
+            the entry, and on nothing else.
+        rows: Numbers for each slice of the tensor, [slices] each, that the formula is given as ``rows=``, a list of arrays of
+            the shape [slices, 1]. The others are then [slices, entries of a slice]. See `Gram` for what a slice is ("rows").
+    """
+
+    formula: Callable[..., Any]
+    read: Sequence[int] | None = None
+    seed: int | None = None
+    rows: Sequence[Statistics] = ()
+
+
+class PerRow(Elementwise):
+    """Apply step: as `Elementwise`, but the formula is called with whole rows, and may look along them.
+
+    All arrays have the shape [rows, entries of a row]; a tensor of one dimension is one row. ``np.sum``, ``np.max``, ``np.min``
+    and ``np.mean`` with ``axis=-1, keepdims=True``, and `mergekit_cl.ranks`, are compiled as well.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class PerMatrix:
+    """Apply step: a function of whole matrices, for what needs them as such (a singular value decomposition).
+
+    Args:
+        formula: A function of the base [m, n], where the method has one, and a list of the models [m, n], all in the compute
+            type, that returns an array [m, n]. What it is given must not be written into.
+        otherwise: The apply step of tensors that do not have two dimensions.
+    """
+
+    formula: Callable[..., Any]
+    otherwise: "Sum | Consensus | Elementwise"
+
+
 Along: TypeAlias = Literal["rows", "columns"]
 """How a tensor is cut into slices: "rows" run along its last dimension, "columns" along its first. A vector is one slice."""
 
@@ -237,6 +283,8 @@ class KthMagnitude:
 
     ranks: Sequence[Sequence[int | None]]
 
+    sweeps: ClassVar[int] = 2
+
     def __post_init__(self) -> None:
         if not all(rank is None or isinstance(rank, int | np.integer) for ranks in self.ranks for rank in ranks):
             raise MergeError(f"{self}: ranks are integers, or None")
@@ -253,13 +301,60 @@ class KeptMagnitude:
     read: Sequence[bool]
 
 
+@dataclass(frozen=True, eq=False)
+class SumOf:
+    """Survey: the sum of a formula over all entries of a scope, float64 [outputs]; with ``along`` [slices, outputs].
+
+    The slices are those of all tensors of the scope, one tensor after the other.
+
+    Args:
+        formula: As that of `Elementwise` (with ``along="rows"`` as that of `PerRow`); returns an array, or a list of arrays,
+            which are added up apart from each other.
+        along: "rows" for a sum over each row of a tensor.
+        seed: As that of `Elementwise`.
+        wide: Whether the formula is computed in float64.
+    """
+
+    formula: Callable[..., Any]
+    along: Literal["rows", None] = None
+    seed: int | None = None
+    wide: bool = False
+
+    def __post_init__(self) -> None:
+        _check("SumOf", "along", self.along, ("rows", None))
+
+
+@dataclass(frozen=True, eq=False)
+class KthOf:
+    """Survey: cuts through the entries of a scope in the order of the magnitude of a formula; a list of `Cut` comes back.
+
+    Args:
+        formula: As that of `Elementwise`; returns one array.
+        ranks: An integer in [0, scope.elements] for each cut: so many entries lie before it, and its magnitude is that of the
+            last of them. Exact, without a sort.
+        rows: As those of `Elementwise`.
+        seed: As that of `Elementwise`.
+    """
+
+    formula: Callable[..., Any]
+    ranks: Sequence[int]
+    rows: Sequence[Statistics] = ()
+    seed: int | None = None
+
+    sweeps: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(rank, int | np.integer) for rank in self.ranks):
+            raise MergeError(f"KthOf: ranks={list(self.ranks)}: must be integers")
+
+
 def _check(step: str, name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise MergeError(f"{step}: {name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
-Survey: TypeAlias = Gram | KthMagnitude | KeptMagnitude
-Apply: TypeAlias = Sum | SumOfSlices | Consensus
+Survey: TypeAlias = Gram | KthMagnitude | KeptMagnitude | SumOf | KthOf
+Apply: TypeAlias = Sum | SumOfSlices | Consensus | Elementwise | PerMatrix
 Steps: TypeAlias = Generator[Survey, Any, Apply]
 """What a method that surveys returns: a generator that yields surveys and returns the apply step."""
 

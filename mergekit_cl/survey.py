@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count, groupby
-from math import fsum
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,9 @@ from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import BLOCK, Array, Backend, Keep, Slices, Span, Table
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.select import Integers, Selection, guess_ranks, shift_for
-from mergekit_cl.steps import FIRST, LAST, Cut, Gram, KeptMagnitude, KthMagnitude, Statistics, Survey
+from mergekit_cl.steps import FIRST, LAST, Cut, Gram, KeptMagnitude, KthMagnitude, KthOf, Statistics, SumOf, Survey
+from mergekit_cl.survey_formulas import fits_scope, kths_of, sums_of
+from mergekit_cl.sweeps import Sweeps, add_exactly, refuse
 from mergekit_cl.windows import sampled
 
 Asked: TypeAlias = Mapping[int, Any]
@@ -29,27 +30,6 @@ _RUN = 32  # neighbours that are sampled together: they lie in one or two lines 
 _SAMPLE = (1 << 12, 1 << 18)
 _BINS = (1 << 9, 1 << 12)  # for small and large scopes: they stay in cache, and two rounds of them resolve a sampled window
 _COUNTERS = 1 << 21  # in the histograms that there are at a time: 16 MiB, or those of one scope
-
-
-class Sweeps(Protocol):
-    """What a survey needs of the executor."""
-
-    plan: Plan
-    backend: Backend
-    spans: Mapping[str, tuple[Span, ...]]
-
-    def sweep(
-        self,
-        call: Callable[[Table, Array], Any],
-        table: Table,
-        slices: Slices | None = None,
-        *,
-        few: bool = False,
-    ) -> Iterable[tuple[Array, Any]]:
-        """Call a kernel for all pieces of a table, in threads; yield each share of pieces with its result."""
-
-    def refuse_nonfinite(self, spoiled: Iterable[tuple[Item, tuple[Span, ...]]]) -> None:
-        """Raise an error that explains what is not finite in these inputs, if there are any, and if it is not allowed."""
 
 
 def carry_out(engine: Sweeps, asked: Mapping[int, Survey]) -> dict[int, Any]:
@@ -65,7 +45,7 @@ def carry_out(engine: Sweeps, asked: Mapping[int, Survey]) -> dict[int, Any]:
         check(engine.plan, number, survey)
         kinds[type(survey)][number] = survey
     carriers: dict[Any, Callable[[Sweeps, Asked], dict[int, Any]]] = {
-        Gram: _grams, KthMagnitude: _cuts, KeptMagnitude: _kept_magnitudes
+        Gram: _grams, KthMagnitude: _cuts, KeptMagnitude: _kept_magnitudes, SumOf: sums_of, KthOf: kths_of
     }  # fmt: skip
     answers: dict[int, Any] = {}
     for kind, part in kinds.items():
@@ -81,8 +61,13 @@ def check(plan: Plan, number: int, survey: Survey) -> None:
 
     """
     name, (scope, items) = plan.method.name, plan.scopes[number]
-    if not isinstance(survey, Gram | KthMagnitude | KeptMagnitude):
+    if not isinstance(survey, Gram | KthMagnitude | KeptMagnitude | SumOf | KthOf):
         raise MergeError(f"{name}: yielded {type(survey).__name__}, which is not a survey")
+    if isinstance(survey, SumOf | KthOf):
+        if not fits_scope(survey, len(items), scope.elements):
+            raise MergeError(f"{name}: yielded {survey} for {len(items)} tensors with {scope.elements} elements; rows need "
+                             'scope="tensor", and ranks are in [0, elements]')  # fmt: skip
+        return
     if (not isinstance(survey, Gram) or survey.task_vectors) and not plan.has_base:
         raise MergeError(f'{name}: task vectors need a base; declare base="required" in @method')
     if isinstance(survey, Gram):
@@ -127,7 +112,7 @@ def _grams(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
         order = engine.plan.models + (engine.plan.has_base and not survey.task_vectors)
         empty = np.zeros((0, order, order))
         answers[number] = np.concatenate([empty, *sums[number]]) if survey.along else add_exactly([empty, *sums[number]])
-    _refuse(engine, {number: not np.isfinite(gram).all() for number, gram in answers.items()})
+    refuse(engine, {number: not np.isfinite(gram).all() for number, gram in answers.items()})
     return answers
 
 
@@ -135,14 +120,6 @@ def _gram(backend: Backend, about: bool, slices: Slices | None, table: Table, pi
     if slices is None:
         return backend.gram(table, about, pieces)
     return backend.gram_of_slices(table, about, slices, pieces)
-
-
-def add_exactly(blocks: Sequence[Statistics]) -> Statistics:
-    """Add up partial sums, [blocks, ...] each, without rounding in between, so that their order does not show."""
-    stacked = np.concatenate(blocks)
-    flat = stacked.reshape(len(stacked), stacked[0].size if len(stacked) else int(np.prod(stacked.shape[1:])))
-    sums = np.array([fsum(column) if np.isfinite(column).all() else np.nan for column in flat.T])
-    return sums.reshape(stacked.shape[1:])
 
 
 # Cuts
@@ -329,7 +306,7 @@ def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
         answers[number] = np.zeros((plan.models, 2))
         if models:
             answers[number][models] = add_exactly([np.zeros((0, len(models), 2)), *sums[number]])
-    _refuse(engine, {number: not np.isfinite(norms).all() for number, norms in answers.items()})
+    refuse(engine, {number: not np.isfinite(norms).all() for number, norms in answers.items()})
     return answers
 
 
@@ -343,8 +320,3 @@ def _kept(backend: Backend, keep: Keep, table: Table, pieces: Array) -> Statisti
 def _blocks(pieces: Array) -> Any:
     """Count the blocks of each piece."""
     return -(-(pieces[:, 2] - pieces[:, 1]) // BLOCK)
-
-
-def _refuse(engine: Sweeps, spoiled: Mapping[int, Any]) -> None:
-    items = [item for number, bad in spoiled.items() if bad for item in engine.plan.scopes[number][1]]
-    engine.refuse_nonfinite((item, engine.spans[item.name]) for item in items)

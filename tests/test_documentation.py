@@ -1,10 +1,12 @@
 """What the documentation shows is what the code does: doctests, the README's snippets and generated parts."""
 
+import ast
 import doctest
 import importlib
 import re
 import shlex
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ import torch
 from typer.testing import CliRunner
 
 import mergekit_cl
+from mergekit_cl import pages
 from mergekit_cl.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGES = ROOT / "docs/methods"
 MODULES = sorted(
     {".".join(("mergekit_cl", *path.relative_to(ROOT / "mergekit_cl").with_suffix("").parts)).removesuffix(".__init__")
      for folder in ("mergekit_cl", "mergekit_cl/kernels", "mergekit_cl/adapters")
@@ -24,23 +28,54 @@ MODULES = sorted(
 )  # fmt: skip
 
 
-def methods_table() -> str:
-    """Write the README's table of methods from the registry."""
-    rows = ["| method | | parameters | base | paper |", "| --- | --- | --- | --- | --- |"]
-    for name, method in mergekit_cl.methods().items():
-        parameters = "<br>".join(f"`{parameter}`" for parameter in method.shown.values())
-        paper = method.paper.removeprefix("https://").removeprefix("arxiv.org/abs/")
-        summary, base = method.summary.replace("``", "`"), method.base.replace("unused", "none")
-        rows.append(f"| `{name}` | {summary} | {parameters} | {base} | [{paper}]({method.paper}) |")
-    return "\n".join(rows)
+def generated() -> dict[Path, str]:
+    """Write everything that is made of the registry: the README with its table of methods, and the methods' pages."""
+    readme, rows = README.read_text(), pages.table("docs/methods")
+    return {
+        README: re.sub(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", lambda _: rows + "\n", readme, flags=re.DOTALL),
+        PAGES / "README.md": pages.index(),
+        **{PAGES / f"{name}.md": pages.page(method) for name, method in pages.packaged().items()},
+    }
 
 
-def with_methods_table(readme: str) -> str:
-    return re.sub(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", lambda _: methods_table() + "\n", readme, flags=re.DOTALL)
+def test_the_table_and_the_pages_of_methods_are_the_registry() -> None:
+    expected = generated()
+    different = [
+        str(path.relative_to(ROOT)) for path, text in expected.items() if not path.exists() or path.read_text() != text
+    ]
+    assert different == [], "run: make docs"
+    assert set(PAGES.iterdir()) == expected.keys() - {README}, "run: make docs"
 
 
-def test_the_table_of_methods_is_the_registry() -> None:
-    assert with_methods_table(README.read_text()) == README.read_text(), "run: make docs"
+@pytest.mark.parametrize("name", pages.packaged())
+def test_a_page_says_everything(name: str) -> None:
+    method = pages.packaged()[name]
+    said = pages.read(method.documentation)
+    assert said.formula
+    assert said.when
+    assert said.summary == method.summary
+    assert said.summary.endswith(".")
+    assert list(said.parameters) == list(method.parameters)
+    assert all(said.parameters.values())
+    assert "## Cost" in pages.page(method)
+    assert max(map(len, said.formula.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", pages.packaged())
+def test_the_example_on_a_page_runs(name: str) -> None:
+    """It is run from the page, as a reader would, and has to print what the comments below each line say."""
+    (program,) = re.findall(r"## Example\n\n```python\n(.*?)```", pages.page(pages.packaged()[name]), flags=re.DOTALL)
+    lines = program.splitlines()
+    examples = []
+    for statement in ast.parse(program).body:
+        end = statement.end_lineno or 0
+        printed = [line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines[end:])]
+        source = lines[statement.lineno - 1 : end]
+        examples.append(doctest.Example("\n".join(source) + "\n", "".join(f"{line}\n" for line in printed)))
+    assert any(example.want for example in examples)
+    assert len(lines) == sum(len((example.source + example.want).splitlines()) for example in examples)
+    runner = doctest.DocTestRunner(verbose=False)
+    assert runner.run(doctest.DocTest(examples, {}, name, None, None, None)).failed == 0
 
 
 def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +98,7 @@ def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_files_that_are_linked_exist() -> None:
-    for page in (README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"):
+    for page in (README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *PAGES.glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -82,4 +117,9 @@ def test_public_names_are_documented() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(with_methods_table(README.read_text()))
+    PAGES.mkdir(parents=True, exist_ok=True)
+    written = generated()
+    for path, text in written.items():
+        path.write_text(text)
+    for path in set(PAGES.iterdir()) - written.keys():
+        path.unlink()

@@ -17,7 +17,7 @@ from mergekit_cl.registry import Method
 Array = npt.NDArray[Any]
 Model = dict[str, Array]
 
-REQUIRED = {"density": 0.3, "t": 0.3}
+REQUIRED = {"density": 0.3, "t": 0.3, "window": 2}
 MODES: dict[str, list[dict[str, Any]]] = {
     "ties": [
         {"elect": "unweighted", "combine": "count_mean", "weight": [0.7, -1.2, 0.4]},
@@ -26,8 +26,20 @@ MODES: dict[str, list[dict[str, Any]]] = {
     ],
     "dare_ties": [{"combine": "weight_mean", "weight": [0.7, -1.2, 0.4]}, {"density": [1, 0, 0.9], "seed": 3}],
     "breadcrumbs_ties": [{"gamma": [0, 0.2, 0.9], "combine": "count_mean"}],
+    "sce": [{"select_topk": 0.3}, {"select_topk": 0}],
+    "ramplus_tl": [{"r": 2, "alpha": 0.7, "epsilon": 0.1}],
+    "nearswap": [{"t": 1e-4}],
+    "lawa": [{"window": 2, "every": 2}],
+    "wsm": [{"decay": "cosine", "final_ratio": 0.1}, {"decay": "linear"}],
+    "geometric_median": [{"weight": [0.7, 1.2, 0.4]}],
+    "della": [
+        {"rescale": "l1", "seed": 3},
+        {"elect": "unweighted", "combine": "count_mean", "weight": [0.7, -1.2, 0.4]},
+        {"combine": "max", "rescale": None, "density": [1, 0, 0.4]},
+    ],
+    "della_linear": [{"normalize": True, "weight": [0.7, 0, 0.4], "epsilon": [0.1, 0, 0.2]}],
 }
-NEXT_TO_EQUAL = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock"}
+NEXT_TO_EQUAL = {"slerp", "nuslerp", "multislerp", "karcher", "geometric_median", "model_stock", "opcm", "sce"}
 """Their coefficients come from sums in float64, whose last bits are a backend's own."""
 
 CASES = [(name, how) for name in methods() for how in [{}, *MODES.get(name, [])]]
@@ -38,9 +50,10 @@ def run(name: str, models: list[Model], how: dict[str, Any], scope: str = "tenso
     """Merge as many of the models (the first is the base, where one can be used) as the method takes."""
     chosen = methods()[name]
     parameters = {p: value for p, value in REQUIRED.items() if p in chosen.parameters} | how
-    if chosen.surveys:
+    if "scope" in chosen.shown:
         parameters["scope"] = scope
     base, given_models = inputs(chosen, models)
+    parameters |= {p: [{t: np.abs(v) for t, v in m.items()} for m in given_models] for p in chosen.companions}
     if isinstance(parameters.get("weight"), list):
         parameters["weight"] = parameters["weight"][: len(given_models)]
     merged: Model = merge(given_models, name, base=base, **{"nonfinite": "allow", **options}, **parameters)
@@ -183,3 +196,25 @@ def test_any_shape(name: str, backend: str, shape: tuple[int, ...]) -> None:
             merged = run(name, given_models, {}, scope, backend=backend, nonfinite="error")["w"]
             assert merged.shape == shape
             assert np.isfinite(merged).all()
+
+
+ORDER_MATTERS = {
+    "sfa", "ema", "lawa", "wsm", "opcm",  # by their definition
+    "slerp", "nuslerp", "passthrough",
+    "dare_linear", "dare_ties", "della", "della_linear",  # each model has masks of its own
+}  # fmt: skip
+
+
+@given(seed=st.integers(0, 2**32), order=st.permutations([1, 2, 3]), scope=st.sampled_from(SCOPES))
+@settings(max_examples=8)
+@pytest.mark.parametrize("name", sorted(methods().keys() - ORDER_MATTERS))
+def test_the_order_of_the_models_does_not_matter(name: str, seed: int, order: list[int], scope: str) -> None:
+    rng = np.random.default_rng(seed)
+    base = {"w": rng.standard_normal((30, 20)), "v": rng.standard_normal(50)}
+    models = [base, *({t: v + 0.1 * rng.standard_normal(v.shape) for t, v in base.items()} for _ in range(3))]
+    if methods()[name].most is not None:
+        pytest.skip("takes one model")
+    expected = run(name, models, {}, scope)
+    merged = run(name, [base, *(models[k] for k in order)], {}, scope)
+    for tensor in expected:
+        np.testing.assert_allclose(merged[tensor], expected[tensor], rtol=1e-10, atol=1e-12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mergekit_cl import Gram, MergeError, NonFiniteError, Scope, Steps, Sum, execute, merge, method
 from mergekit_cl.execute import deal
 from mergekit_cl.kernels import BLOCK
-from mergekit_cl.survey import add_exactly
+from mergekit_cl.sweeps import add_exactly
 
 BACKENDS = ["numpy", "numba", "triton"]
 

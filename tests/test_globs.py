@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mergekit_cl import MergeError
-from mergekit_cl.globs import check_globs, chosen, globs_of
+from mergekit_cl.globs import check_globs, chosen, globs_of, matches
 
 NAMES = ["model.layers.0.mlp.weight", "model.layers.10.mlp.weight", "model.norm.weight", "lm_head.weight", "lm_head.bias", ""]
 
@@ -54,4 +54,32 @@ def test_globs_that_match_nothing_are_all_named() -> None:
     assert [line.split(":")[0] for line in lines] == ["only", "exclude"]
     assert '"*nrom*" matches no tensor' in lines[0]
     assert '"lm_haed.*" matches no tensor' in lines[1]
-    assert NAMES[0] in lines[0]
+    assert lines[0].endswith("names are such as model.norm.weight")  # one that is spelled nearly as the glob
+    assert lines[1].endswith("names are such as lm_head.weight, lm_head.bias")
+    with pytest.raises(
+        MergeError, match=r'"lm_head" matches no tensor; a glob has to match the whole name, as "\*lm_head\*" would'
+    ):
+        check_globs(None, "lm_head", NAMES)
+    with pytest.raises(MergeError, match=f"such as {', '.join(NAMES[:3])}$"):
+        check_globs("*zzz*", None, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        (None, [0, 1, 2, 3, 4, 5]),
+        ("*", [0, 1, 2, 3, 4, 5]),
+        ("mlp", [0, 1]),
+        ("MLP", []),
+        ("layers.1", [1]),
+        ("layers.?.*", []),  # with the characters of a glob the whole name has to match
+        ("*layers.?.*", [0]),
+        ("*.[lm]*", [0, 1]),
+        ("lm_head.[!w]*", [4]),
+        ("model.*.weight", [0, 1, 2]),
+        ("norm.weight", [2]),
+        ("", [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_filters_are_globs_or_parts_of_names(pattern: str | None, matched: list[int]) -> None:
+    assert [number for number, name in enumerate(NAMES) if matches(pattern, name)] == matched

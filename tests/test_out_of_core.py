@@ -24,11 +24,12 @@ from mergekit_cl.execute import CHUNK
 from mergekit_cl.file_merge import FileMerge
 from mergekit_cl.kernels import BLOCK
 from mergekit_cl.out_of_core import Budget, check_memory, run
+from mergekit_cl.steps import PerMatrix
 
 Array = npt.NDArray[Any]
 Model = dict[str, Array]
 
-REQUIRED: dict[str, Any] = {"density": 0.3, "t": 0.3}
+REQUIRED: dict[str, Any] = {"density": 0.3, "t": 0.3, "window": 2}
 MODES: dict[str, list[dict[str, Any]]] = {
     "breadcrumbs": [{"gamma": [0, 0.2, 0.5], "rescale": "l1", "weight": [0.7, -1.2, 0.4]}],
     "breadcrumbs_ties": [{"gamma": [0, 0.2, 0.5], "combine": "count_mean"}],
@@ -41,12 +42,15 @@ MODES: dict[str, list[dict[str, Any]]] = {
     "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True, "weight": [0.3, 0.9]}],
     "passthrough": [{"scale": 0.5}],
     "task_arithmetic": [{"weight": [0.7, -1.2, 0.4], "normalize": True}],
+    "della": [{"rescale": "l1", "seed": 4}],
+    "sce": [{"select_topk": 0.3}],
     "ties": [
         {"elect": "unweighted", "combine": "count_mean", "weight": [0.7, -1.2, 0.4]},
         {"combine": "max", "rescale": "inverse_density", "lambda_": 0.7},
         {"combine": "sum", "density": [1, 0, 0.9], "rescale": "l1", "out_dtype": "bfloat16"},
     ],
 }
+BY_ROW = {"arcee_fusion", "della", "della_linear"}
 CASES = [(name, how) for name in methods() for how in [{}, *MODES.get(name, [])]]
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -107,10 +111,11 @@ def arguments(name: str, how: dict[str, Any], models: Sequence[Any], scope: str)
     """Choose as many of four models as a method takes (the first is the base, if it has one), and its parameters."""
     method = methods()[name]
     options = {p: value for p, value in REQUIRED.items() if p in method.parameters} | how
-    if method.surveys and not (how.get("filter_wise") or how.get("nuslerp_flatten") is False):
+    if "scope" in method.shown and not (how.get("filter_wise") or how.get("nuslerp_flatten") is False):
         options["scope"] = scope
     base = None if method.base == "unused" else models[0]
     most = 1 if name == "slerp" else method.most or 3
+    options |= {companion: list(models[:most]) for companion in method.companions}
     return list(models[1 : 1 + most]), {"base": base, **options}
 
 
@@ -155,15 +160,18 @@ def test_the_bytes_of_the_merge_in_memory(
 ) -> None:
     """In tiny windows and large ones, surveys windowed, in groups, and all at once, by one thread and by three."""
     models, paths = stored[mixed]
-    sliced = "filter_wise" in how or "nuslerp_flatten" in how
-    for scope in ["tensor", "model"] if methods()[name].surveys and not sliced else ["tensor"]:
+    sliced = "filter_wise" in how or "nuslerp_flatten" in how or name in BY_ROW
+    scoped = "scope" in methods()[name].shown and (not sliced or name in BY_ROW)
+    for scope in ["tensor", "model"] if scoped else ["tensor"]:
         given, options = arguments(name, how, models, scope)
         expected: Model = merge(given, name, backend=backend, threads=1, nonfinite="allow", **options)
         given, options = arguments(name, how, paths, scope)
         merging = prepared(given, name, options)
         window = LARGEST_ROW if sliced else 1
         for least, kept, threads in ((window, 0, 3), (window, 3 << 20, 1), (8 << 20, 1 << 30, 3)):
-            room = max(kept, 30 << 20) if "nuslerp_row_wise" in how else kept  # columns need the whole tensor
+            # columns and matrices need the whole tensor
+            whole = "nuslerp_row_wise" in how or methods()[name].ends_in(PerMatrix)
+            room = max(kept, 30 << 20) if whole else kept
             divide(monkeypatch, least, room)
             sink = Memory(merging)
             counted: list[int] = []
@@ -173,7 +181,7 @@ def test_the_bytes_of_the_merge_in_memory(
             assert set(sink.tensors) == set(expected)
             assert sum(counted) == merging.elements == sum(tensor.size for tensor in expected.values())
             if least == 1:
-                assert sink.windows["layers.0.weight"] == 3
+                assert sink.windows["layers.0.weight"] == (1 if whole else 3)
                 assert sink.windows["bias"] == 2
 
 

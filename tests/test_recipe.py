@@ -338,6 +338,17 @@ def test_parameters_of_linear() -> None:
          {"density": [1.0], "gamma": [0.02], "rescale": None, "normalize": False, "lambda_": 1.0}),
         ("breadcrumbs_ties", {}, {"density": [1.0], "gamma": [0.01], "rescale": None, "combine": "sum", "lambda_": 1.0}),
         ("task_arithmetic", {"density": 0.5, "rescale": True}, {"normalize": False, "lambda_": 1.0}),
+        ("della", {},
+         {"density": [1.0], "epsilon": [0.15], "rescale": "l1", "combine": "weight_mean", "lambda_": 1.0}),
+        ("della", {"density": 0.5, "epsilon": 0.2, "rescale": False, "normalize": False, "lambda": 2, "int8_mask": True},
+         {"density": [0.5], "epsilon": [0.2], "rescale": None, "combine": "sum", "lambda_": 2.0}),
+        ("della", {"rescale": "inverse_density", "combine": "max", "elect": "unweighted"},
+         {"density": [1.0], "epsilon": [0.15], "rescale": "inverse_density", "combine": "max", "elect": "unweighted",
+          "lambda_": 1.0}),
+        ("della_linear", {"density": 0.5},
+         {"density": [0.5], "epsilon": [0.15], "rescale": "l1", "normalize": False, "lambda_": 1.0}),
+        ("della_linear", {"rescale": "no", "normalize": "yes"},
+         {"density": [1.0], "epsilon": [0.15], "rescale": None, "normalize": True, "lambda_": 1.0}),
         ("magnitude_prune", {"density": 0.5, "rescale": False}, {"density": [0.5], "rescale": None}),
     ],
 )  # fmt: skip
@@ -367,6 +378,25 @@ def test_parameters_of_methods_without_a_base(method: str, given: dict[str, Any]
     recipe = {"merge_method": method, "models": [{"model": "A"}, {"model": "B"}], "parameters": given}
     (part,) = bind(yaml.dump(recipe), llama("A"), llama("B")).parts
     assert part.parameters == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("nearswap", {"t": "1e-4"}, {"t": 1e-4}),
+        ("ram", {}, {"epsilon": 1e-5}),
+        ("ramplus_tl", {"r": 1}, {"r": 1.0, "alpha": 0.2, "epsilon": 1e-5}),
+        ("sce", {}, {"select_topk": 1.0}),
+        ("sce", {"select_topk": 0.1, "int8_mask": True}, {"select_topk": 0.1}),
+        ("arcee_fusion", {}, {}),
+    ],
+)
+def test_parameters_of_methods_without_weights(method: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    recipe = {"merge_method": method, "base_model": "A", "models": [{"model": "B"}], "parameters": given}
+    (part,) = bind(yaml.dump(recipe), llama("A"), llama("B")).parts
+    assert part.parameters == expected
+    assert (part.labels, part.models) == (("B", "A"), 1)
+    methods()[method].resolve(part.parameters, 1)
 
 
 def test_own_parameters_of_a_model_beside_the_default() -> None:
@@ -1126,6 +1156,30 @@ merge_method: multislerp
 base_model: D
 parameters: {normalize_weights: false, eps: 1e-6}
 """,
+    "della": """
+models:
+  - {model: A, parameters: {weight: 0.4, density: 0.9, epsilon: 0.05}}
+  - {model: B, parameters: {weight: [0.6, 0.1], density: {filter: mlp, value: 0.3}}}
+merge_method: della
+base_model: C
+parameters: {density: [0.6, 0.7], epsilon: 0.1, lambda: 1.1}
+""",
+    "della linear": """
+models: [{model: A, parameters: {weight: 0.4}}, {model: B, parameters: {weight: 0.6}}]
+merge_method: della_linear
+base_model: C
+parameters: {density: 0.5, normalize: true, rescale: false}
+""",
+    "sce": "models: [{model: A}, {model: B}]\nmerge_method: sce\nbase_model: C\nparameters: {select_topk: [0.1, 0.5]}",
+    "arcee fusion": "models: [{model: A}, {model: B}]\nmerge_method: arcee_fusion\nbase_model: A",
+    "nearswap": """
+models: [{model: A}]
+merge_method: nearswap
+base_model: B
+parameters: {t: [{filter: mlp, value: 1e-4}, {value: 1}]}
+""",
+    "ram": "models: [{model: A}, {model: B}]\nmerge_method: ram\nbase_model: C\nparameters: {epsilon: [1e-4, 1e-5]}",
+    "ramplus": "models: [{model: A}, {model: B}]\nmerge_method: ramplus_tl\nbase_model: C\nparameters: {r: 0.2, alpha: 1}",
     "karcher": "models: [{model: A}, {model: B}]\nmerge_method: karcher\nparameters: {max_iter: 20, tol: 1e-7}",
     "modules": """
 merge_method: slerp
@@ -1170,8 +1224,12 @@ def test_options_of_our_own() -> None:
 
 def test_every_method_with_all_of_its_parameters_spelled_out() -> None:
     for name, chosen in methods().items():
+        if chosen.companions:
+            continue
         count = max(chosen.least, 2 if name == "slerp" else 1)
-        values = {p.name.rstrip("_"): 0.5 if p.required else _default(p) for p in chosen.parameters.values()}
+        values = {
+            p.name.rstrip("_"): (1 if p.type is int else 0.5) if p.required else _default(p) for p in chosen.parameters.values()
+        }
         recipe = {"merge_method": name, "models": [{"model": label} for label in "ABC"[:count]], "parameters": values}
         if chosen.base == "required":
             recipe["base_model"] = "D"

@@ -1,7 +1,7 @@
 """Sequential Fine-tuning with Averaging in a PyTorch training loop."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from mergekit_cl.continual.schedule import MergeSchedule
 from mergekit_cl.dtypes import output_dtype
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
 from mergekit_cl.execute import Executor, rehearse
+from mergekit_cl.filters import Parameters
 from mergekit_cl.models import open_model
 from mergekit_cl.registry import find
 
@@ -48,7 +49,7 @@ class SFA:
 
     Args:
         model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged).
-        beta: The weight of the anchor, in [0, 1]; 0.5 where it is not given. For method "sfa" alone.
+        beta: The weight of the anchor, in [0, 1]; 0.5 where it is not given; or a list with filters. For method "sfa" alone.
         p: The part of the task between two merges, in (0, 1]; needs ``total_steps``. 0.25 where ``every`` is not given.
         total_steps: The number T of steps of the task. Without it (only with ``every``) there is no merge at the end.
         every: The number k of steps between two merges, in place of p.
@@ -61,7 +62,8 @@ class SFA:
             masks are new each time, and the same in a run that is repeated or resumed.
         backend: As in `mergekit_cl.merge`.
         threads: As in `mergekit_cl.merge`.
-        **parameters: Those of the method, as in `mergekit_cl.merge`: ``SFA(model, method="ties", density=0.2, every=100)``.
+        **parameters: Those of the method, as in `mergekit_cl.merge`: ``SFA(model, method="ties", density=0.2, every=100)``,
+            filters included.
 
     Raises:
         UnknownNameError: No such method, or a parameter that it does not have.
@@ -87,7 +89,7 @@ class SFA:
     def __init__(
         self,
         model_or_parameters: torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-        beta: float | None = None,
+        beta: float | Sequence[Mapping[str, Any]] | None = None,
         p: float | None = None,
         total_steps: int | None = None,
         *,
@@ -198,6 +200,8 @@ class SFA:
         """The weight of the anchor, for method "sfa"; it may be set between two merges."""
         if self.method != "sfa":
             raise AttributeError(f"{self.method} has no beta; its parameters are in SFA.parameters")
+        if isinstance(self.parameters["beta"], list):
+            raise AttributeError("beta is not the same for all tensors; its filters are in SFA.parameters")
         return float(self.parameters["beta"])
 
     @beta.setter
@@ -275,7 +279,7 @@ class SFA:
             chosen, [current] if based else [anchor, current], anchor if based else None, current,
             backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters=self.parameters,
             labels=["current", "anchor"] if based else ["anchor", "current"], constant=frozenset({-1 if based else 0}),
-            seed=(self.seed << 32) + self.steps_before + self.step_count,
+            seed=(self.seed << 32) + self.steps_before + self.step_count, others=list(self._parameters()),
         )  # fmt: skip
         beside = all(anchor[name] is kept[name] for name in current)
         self._prepared = (key, executor) if beside and executor.reads_in_place else None
@@ -337,10 +341,14 @@ def _check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, A
             f"SFA: {method} merges {chosen.least} models or more, but a merge in training has only "
             f"{'the anchor as the base and ' if models == 1 else 'the anchor and '}the present weights; choose another method"
         )
+    if chosen.companions:
+        needs = ", ".join(chosen.companions)
+        raise MergeError(f"SFA: {method} needs models beside those that it merges ({needs}); call merge() with them instead")
     given = dict(parameters)
-    scope = {"scope": given.pop("scope")} if "scope" in given and chosen.surveys else {}
+    scope = {"scope": given.pop("scope")} if "scope" in given and "scope" in chosen.shown else {}
     names = {name.rstrip("_") for name in given}
-    return {**{name: value for name, value in chosen.resolve(given, models).items() if name.rstrip("_") in names}, **scope}
+    checked = Parameters(chosen, given, models).given
+    return {**{name: value for name, value in checked.items() if name.rstrip("_") in names}, **scope}
 
 
 def _schedule(p: float | None, every: int | None, total_steps: int | None) -> MergeSchedule:

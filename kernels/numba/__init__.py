@@ -7,6 +7,13 @@ import numpy.typing as npt
 
 from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors
 from mergekit_cl.kernels.numba import compiled, streaming
+from mergekit_cl.kernels.numba.formulas import elementwise, histogram_of, per_row, sum_of
+from mergekit_cl.kernels.numpy.formulas import per_matrix
+
+__all__ = [
+    "elementwise", "gram", "gram_of_slices", "histogram_of", "kept_magnitude", "largest_magnitude", "magnitude_histogram",
+    "per_matrix", "per_row", "sum_of", "task_vector_merge", "weighted_sum", "weighted_sum_of_slices",
+]  # fmt: skip
 
 _CODES = {
     "bfloat16": compiled.BFLOAT16,

@@ -8,6 +8,13 @@ import numpy.typing as npt
 
 from mergekit_cl.dtypes import largest_finite
 from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors
+from mergekit_cl.kernels.numpy.formulas import elementwise, histogram_of, per_matrix, per_row, sum_of
+from mergekit_cl.kernels.numpy.tiles import INFINITY, hashes_at, hashes_from, philox, round_, round_any, walk, widen
+
+__all__ = [
+    "elementwise", "gram", "gram_of_slices", "histogram_of", "kept_magnitude", "largest_magnitude", "magnitude_histogram",
+    "per_matrix", "per_row", "philox", "sum_of", "task_vector_merge", "weighted_sum", "weighted_sum_of_slices",
+]  # fmt: skip
 
 TILE = 131_072
 """Elements worked on at a time: three float32 buffers of this size are 1.5 MiB, and calls are long enough to share the GIL."""
@@ -19,22 +26,22 @@ def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> np
     buffers = np.empty((3, TILE), weights.dtype)
     limit = min(largest_finite(table.dtypes[-1]), largest_finite(weights.dtype.name))
     with np.errstate(all="ignore"):
-        for row, tile in _tiles(pieces, TILE):
+        for row, tile in walk(pieces, TILE):
             *inputs, out = (span[tile] for span in table.spans[row])
             values = _sum(inputs, weights[row], about, buffers)
             if values.max() <= limit and values.min() >= -limit:
-                _round(values, out)
+                round_(values, out)
             else:
-                nonfinite[row] |= _round_any(_sum(inputs, weights[row], about, buffers, infinite=True), out)
+                nonfinite[row] |= round_any(_sum(inputs, weights[row], about, buffers, infinite=True), out)
     return nonfinite
 
 
 def _sum(inputs: list[Array], weights: Array, about: bool, buffers: Array, infinite: bool = False) -> Array:
     """Sum a tile in the compute type; ``infinite`` says that infinities may be among the inputs."""
     acc, x, r = buffers[:, : len(inputs[0])]
-    ref = _widen(inputs[0], r) if about else None
+    ref = widen(inputs[0], r) if about else None
     for number, (weight, span) in enumerate(zip(weights, inputs[int(about) :], strict=True)):
-        value = _widen(span, x)
+        value = widen(span, x)
         if ref is not None:
             agree = value == ref if infinite else None
             value = np.subtract(ref, value, out=x)
@@ -54,9 +61,9 @@ def largest_magnitude(table: Table, pieces: Array) -> npt.NDArray[np.float64]:
     """See `mergekit_cl.kernels.Backend.largest_magnitude`."""
     largest = np.zeros((len(table.spans), len(table.dtypes)))
     scratch = np.empty(TILE, table.compute)
-    for row, tile in _tiles(pieces, TILE):
+    for row, tile in walk(pieces, TILE):
         for column, span in enumerate(table.spans[row]):
-            values = _widen(span[tile], scratch)
+            values = widen(span[tile], scratch)
             largest[row, column] = np.maximum(largest[row, column], np.abs(values, out=scratch[: len(values)]).max())
     return largest
 
@@ -64,7 +71,7 @@ def largest_magnitude(table: Table, pieces: Array) -> npt.NDArray[np.float64]:
 def gram(table: Table, about: bool, pieces: Array) -> npt.NDArray[np.float64]:
     """See `mergekit_cl.kernels.Backend.gram`."""
     blocks = []
-    for row, block in _tiles(pieces, BLOCK):
+    for row, block in walk(pieces, BLOCK):
         columns = [span[block].astype(table.compute) for span in table.spans[row]]
         with np.errstate(all="ignore"):
             if about:
@@ -112,7 +119,7 @@ def weighted_sum_of_slices(
                     (weight == 0)[:, None] | (about & (value == 0)), acc.dtype.type(-0.0), weight[:, None] * value
                 )
             acc = np.where(about, ref - acc, acc)
-            nonfinite[row] |= _round_any(
+            nonfinite[row] |= round_any(
                 flat := np.ascontiguousarray(acc).reshape(-1), rounded := np.empty(flat.size, out.dtype)
             )
         out[...] = rounded.reshape(acc.shape)
@@ -144,7 +151,7 @@ def magnitude_histogram(
     vectors = _TaskVectors(table, models)
     for group, piece in zip(groups, pieces, strict=True):
         found: list[list[Array]] = [[] for _ in range(models)]
-        for row, tile in _tiles(piece[None], TILE):
+        for row, tile in walk(piece[None], TILE):
             vectors.read(row, tile)
             for k, values in enumerate(vectors.values):
                 if not vectors.finite:
@@ -152,7 +159,7 @@ def magnitude_histogram(
                 patterns = vectors.patterns(values.astype(np.float64) if wide else values)
                 start = int(low[row, k])
                 width = min(bins << int(shift[row, k]), 1 << (8 * patterns.itemsize - 1))  # what is below wraps around to more
-                if start + width <= _INFINITY[patterns.itemsize]:
+                if start + width <= INFINITY[patterns.itemsize]:
                     counts[group, k, bins] += np.count_nonzero(np.greater_equal(patterns, start + width, out=vectors.mask))
                 offsets = np.subtract(patterns, start, out=patterns).view(f"u{patterns.itemsize}")
                 # as offsets[mask], in a third of the time
@@ -178,7 +185,7 @@ def kept_magnitude(table: Table, keep: Keep, pieces: Array) -> npt.NDArray[np.fl
     blocks = []
     vectors = _TaskVectors(table, models)
     with np.errstate(all="ignore"):
-        for row, tile in _tiles(pieces, BLOCK):
+        for row, tile in walk(pieces, BLOCK):
             vectors.read(row, tile)
             everything = [np.abs(values).sum(dtype=np.float64) for values in vectors.values]
             vectors.drop(keep, row, tile.start)
@@ -193,18 +200,18 @@ def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDAr
     vectors = _TaskVectors(table, how.scales.shape[1], how.scales.dtype)
     limit = min(largest_finite(table.dtypes[-1]), largest_finite(how.scales.dtype.name))
     with np.errstate(all="ignore"):
-        for row, tile in _tiles(pieces, TILE):
+        for row, tile in walk(pieces, TILE):
             out = table.spans[row][-1][tile]
             vectors.read(row, tile)
             finite = vectors.finite
             if finite:
                 values = vectors.merge(how, row, tile.start)
                 if values.max() <= limit and values.min() >= -limit:
-                    _round(values, out)
+                    round_(values, out)
                     continue
                 vectors.read(row, tile)
                 vectors.finite = False  # something overflows, and must not be multiplied by zero to drop it
-            nonfinite[row] |= _round_any(vectors.merge(how, row, tile.start), out) or not finite
+            nonfinite[row] |= round_any(vectors.merge(how, row, tile.start), out) or not finite
     return nonfinite
 
 
@@ -224,11 +231,11 @@ class _TaskVectors:
         self.count = tile.stop - tile.start
         self._sum, self._scratch, buffer, *self.values = self._numbers[:, : self.count]
         self.mask, self._positive, self._other, *self._agree = self._truths[:, : self.count]
-        self.base = _widen(base[tile], buffer)
+        self.base = widen(base[tile], buffer)
         self.finite = True
         with np.errstate(all="ignore"):
             for value, model in zip(self.values, models, strict=True):
-                np.subtract(_widen(model[tile], value), self.base, out=value)
+                np.subtract(widen(model[tile], value), self.base, out=value)
                 if not (value.max(initial=0) < np.inf and value.min(initial=0) > -np.inf):
                     value[model[tile].astype(value.dtype) == self.base] = 0  # infinities that agree
                     self.finite &= bool(np.isfinite(value).all())
@@ -238,7 +245,7 @@ class _TaskVectors:
         bits = values.view(f"i{values.itemsize}")
         out = self._patterns[: len(bits)] if bits.dtype == self._patterns.dtype else None
         patterns: Array = np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out)
-        return patterns if self.finite else np.minimum(patterns, _INFINITY[bits.itemsize], out=patterns)
+        return patterns if self.finite else np.minimum(patterns, INFINITY[bits.itemsize], out=patterns)
 
     def drop(self, keep: Keep, row: int, start: int) -> None:
         """Set the entries that are not kept to zero; ``start`` is the index of the first entry in its tensor."""
@@ -247,20 +254,20 @@ class _TaskVectors:
         if keep.kind == "random":
             for k, (least, _) in enumerate(keep.thresholds[row, : self._models].tolist()):
                 if least < 1 << 32:
-                    self._keep(k, np.less(_hashes(keep.keys[row, k], start, self.count), least, out=self.mask))
+                    self._keep(k, np.less(hashes_from(keep.keys[row, k], start, self.count), least, out=self.mask))
             return
         ties: list[tuple[int, bool, Array]] = []
         for k, (low, high) in enumerate(keep.cuts[row, : self._models].tolist()):
             patterns = self.patterns(self.values[k])
             kept = np.greater(patterns, low, out=self._agree[k])
-            if high <= _INFINITY[patterns.itemsize]:
+            if high <= INFINITY[patterns.itemsize]:
                 kept &= np.less_equal(patterns, high, out=self._other)
             for upper, cut in enumerate((low, high)):
-                if keep.thresholds[row, k, upper] and cut <= min(high, _INFINITY[patterns.itemsize]):
+                if keep.thresholds[row, k, upper] and cut <= min(high, INFINITY[patterns.itemsize]):
                     at = np.flatnonzero(np.equal(patterns, cut, out=self._other))
                     ties += [(k, bool(upper), at)] if at.size else []
         if ties:  # of all models together: NumPy's calls cost more than the arithmetic
-            hashes = iter(_hashes_at(keep.keys[row], start, [(k, at) for k, _, at in ties]))
+            hashes = iter(hashes_at(keep.keys[row], start, [(k, at) for k, _, at in ties]))
             for (k, upper, at), hashed in zip(ties, hashes, strict=True):
                 limit = keep.thresholds[row, k, int(upper)]
                 self._agree[k][at] = (self._agree[k][at] & (hashed >= limit)) if upper else hashed < limit
@@ -339,100 +346,3 @@ def _difference(values: Array, ref: Array) -> Array:
     if not np.isfinite(difference).all():
         difference[values == ref] = 0
     return difference
-
-
-def _hashes_at(keys: npt.NDArray[np.uint32], start: int, places: list[tuple[int, Array]]) -> list[Array]:
-    """Compute the hashes of some entries, which are given as (model, indices from ``start`` on)."""
-    index = np.concatenate([at for _, at in places]).astype(np.uint64) + np.uint64(start)
-    key = np.repeat(keys[[k for k, _ in places]].astype(np.uint64), [len(at) for _, at in places], axis=0)
-    words = philox(index >> np.uint64(2), key[:, 0], key[:, 1])
-    hashes = np.choose((index & np.uint64(3)).astype(np.intp), words)
-    return np.split(hashes, np.cumsum([len(at) for _, at in places])[:-1])
-
-
-def _hashes(key: npt.NDArray[np.uint32], start: int, count: int) -> Array:
-    """Compute the hashes (see `mergekit_cl.kernels.Keep`) of ``count`` entries from ``start`` on, a multiple of 4."""
-    counters = np.arange(start // 4, -(-(start + count) // 4), dtype=np.uint64)
-    hashes = np.empty((len(counters), 4), np.uint32)
-    for lane, words in enumerate(philox(counters, *key.astype(np.uint64))):
-        hashes[:, lane] = words
-    return hashes.reshape(-1)[:count]
-
-
-def philox(counter: Array, key0: Any, key1: Any) -> tuple[Array, Array, Array, Array]:
-    """Philox-4x32-10 (Salmon et al., 2011) of counters below 2**64 and a key, or keys, of two words; all uint64."""
-    c0, c1, c2, c3 = counter & _WORD, counter >> _HALF, np.zeros_like(counter), np.zeros_like(counter)
-    first, second = np.empty_like(counter), np.empty_like(counter)
-    for _ in range(10):
-        np.multiply(c0, _PHILOX[0], out=first)
-        np.multiply(c2, _PHILOX[1], out=second)
-        for product, key, word, low in ((second, key0, c0, c1), (first, key1, c2, c3)):
-            np.right_shift(product, _HALF, out=word)
-            word ^= low
-            word ^= key
-            np.bitwise_and(product, _WORD, out=low)
-        key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
-    return c0, c1, c2, c3
-
-
-_WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-_PHILOX = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_INFINITY: dict[int, Any] = {4: np.int32(0x7F800000), 8: np.int64(0x7FF0000000000000)}
-
-
-def _tiles(pieces: Array, size: int) -> Iterator[tuple[int, slice]]:
-    """Walk through the pieces in tiles of at most ``size`` elements."""
-    for row, start, stop in pieces.tolist():
-        for begin in range(start, stop, size):
-            yield row, slice(begin, min(begin + size, stop))
-
-
-def _widen(span: Array, buffer: Array) -> Array:
-    """Return the values of a tile in the buffer's dtype: the tile itself where it has that dtype, else in ``buffer``."""
-    if span.dtype == buffer.dtype:
-        return span
-    wide = buffer[: len(span)]
-    if span.dtype.name == "bfloat16" and wide.dtype == np.float32:
-        bits = wide.view(np.uint32)
-        np.copyto(bits, span.view(np.uint16))
-        np.left_shift(bits, 16, out=bits)
-    else:
-        np.copyto(wide, span)
-    return wide
-
-
-def _round(values: Array, out: Array) -> None:
-    """Round ``values``, none of them NaN, to the dtype of ``out``, once and to nearest even. ``values`` is used up."""
-    if out.dtype.name != "bfloat16":
-        np.copyto(out, values, casting="unsafe")
-        return
-    bits = (values if values.dtype == np.float32 else _odd_float32(values)).view(np.uint32)
-    half = bits >> 16
-    half &= 1
-    half += 0x7FFF
-    bits += half
-    bits >>= 16
-    np.copyto(out.view(np.uint16), bits, casting="unsafe")
-
-
-def _round_any(values: Array, out: Array) -> bool:
-    """As `_round`, for values of any kind; return whether a result is not finite."""
-    nan = np.isnan(values)
-    values[nan] = 0
-    _round(values, out)
-    out[nan] = np.nan
-    return not np.isfinite(out).all()
-
-
-def _odd_float32(values: Array) -> Array:
-    """Round float64 to float32 *to odd*: what is inexact gets an odd last bit, so that rounding once more is still right.
-
-    See Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
-    """
-    near = values.astype(np.float32)
-    back = near.astype(np.float64)
-    bits = near.view(np.uint32)
-    bits -= np.abs(back) > np.abs(values)
-    bits |= (back != values) & ~np.isnan(values)
-    return near

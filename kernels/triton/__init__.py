@@ -4,6 +4,7 @@ Under ``TRITON_INTERPRET=1``, set before this is imported, the kernels run in Tr
 """
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -14,8 +15,9 @@ import triton
 import triton.language as tl
 
 from mergekit_cl.errors import BackendError
-from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors
-from mergekit_cl.kernels.triton import compiled, slicing, task_vectors
+from mergekit_cl.kernels import BLOCK, Array, Backend, Formula, Keep, MatrixFormula, Slices, Table, TaskVectors
+from mergekit_cl.kernels import numpy as arrays
+from mergekit_cl.kernels.triton import compiled, formulas, slicing, task_vectors, tiles
 
 TILE = 2048
 """Elements that a program works on at a time: 16 for each thread, which of bfloat16 are two 16-byte accesses."""
@@ -96,16 +98,11 @@ def magnitude_histogram(
     table: Table, low: Array, shift: Array, bins: int, wide: bool, groups: npt.NDArray[np.intp], pieces: Array
 ) -> npt.NDArray[np.int64]:
     """See `mergekit_cl.kernels.Backend.magnitude_histogram`."""
-    count = len(table.dtypes) - 1
-    histograms = int(groups.max(initial=-1)) + 1
-    # Most magnitudes share a few bins, and a GPU adds to one address one after another: so a histogram has some copies
-    fitting = COUNTERS // max(1, histograms * count * (bins + 2))
-    copies = min(64, 1 << max(0, fitting.bit_length() - 1))
-    counts = torch.zeros((histograms, copies, count, bins + 2), dtype=torch.int64, device=_device(table))
+    counts = _counters(table, groups, len(table.dtypes) - 1, bins)
     _launch(
         task_vectors._magnitude_histogram_kernel, TILE, table, pieces, counts,
         *_on_device(table, groups.astype(np.int64), np.stack([low, shift], axis=-1)),
-        COMPUTE=_DTYPES[table.compute.name], WIDE=bool(wide), COPIES=copies, BINS=int(bins),
+        COMPUTE=_DTYPES[table.compute.name], WIDE=bool(wide), COPIES=counts.shape[1], BINS=int(bins),
     )  # fmt: skip
     return np.asarray(counts.sum(dim=1).cpu(), np.int64)
 
@@ -134,6 +131,92 @@ def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDAr
         KEEP=how.keep.kind, ELECT=how.elect, COMBINE=how.combine,
     )  # fmt: skip
     return np.asarray(nonfinite.cpu(), np.bool_)
+
+
+def elementwise(table: Table, formula: Formula, pieces: Array) -> npt.NDArray[np.bool_]:
+    """See `mergekit_cl.kernels.Backend.elementwise`."""
+    if not formulas.fits(formula.program):
+        return _tile_by_tile(table).elementwise(table, formula, pieces)
+    nonfinite = torch.zeros(len(table.spans), dtype=torch.int32, device=_device(table))
+    _launch_formula(formulas._elementwise_kernel, _tile_of(formula), table, formula, pieces, nonfinite)
+    return np.asarray(nonfinite.cpu(), np.bool_)
+
+
+def per_row(table: Table, formula: Formula, slices: Slices, pieces: Array) -> npt.NDArray[np.bool_]:
+    """See `mergekit_cl.kernels.Backend.per_row`."""
+    return _tile_by_tile(table).per_row(table, formula, slices, pieces)
+
+
+def per_matrix(table: Table, formulas: Sequence[MatrixFormula], pieces: Array) -> npt.NDArray[np.bool_]:
+    """See `mergekit_cl.kernels.Backend.per_matrix`."""
+    return _tile_by_tile(table).per_matrix(table, formulas, pieces)
+
+
+def sum_of(table: Table, formula: Formula, slices: Slices | None, pieces: Array) -> npt.NDArray[np.float64]:
+    """See `mergekit_cl.kernels.Backend.sum_of`."""
+    if formula.program is None or slices is not None or not formulas.fits(formula.program):
+        return _tile_by_tile(table).sum_of(table, formula, slices, pieces)
+    count = len(formula.program.outputs)
+    blocks = int(_programs(pieces, BLOCK).sum())
+    sums = torch.zeros((blocks, count), dtype=torch.float64, device=_device(table))
+    _launch_formula(
+        formulas._sum_of_kernel, BLOCK, table, formula, pieces, sums,
+        TILE=_tile_of(formula), SUMS=triton.next_power_of_2(count),
+    )  # fmt: skip
+    return np.asarray(sums.cpu(), np.float64)
+
+
+def histogram_of(
+    table: Table, formula: Formula, slices: Slices | None, low: Array, shift: Array, bins: int, wide: bool,
+    groups: npt.NDArray[np.intp], pieces: Array,
+) -> npt.NDArray[np.int64]:  # fmt: skip
+    """See `mergekit_cl.kernels.Backend.histogram_of`."""
+    if slices is not None or not formulas.fits(formula.program):
+        return _tile_by_tile(table).histogram_of(table, formula, slices, low, shift, bins, wide, groups, pieces)
+    windows = low.shape[1]
+    counts = _counters(table, groups, windows, bins)
+    _launch_formula(
+        formulas._histogram_of_kernel, _tile_of(formula), table, formula, pieces, counts,
+        *_on_device(table, groups.astype(np.int64), np.stack([low, shift], axis=-1)),
+        WIDE=bool(wide), COPIES=counts.shape[1], WINDOWS=windows, BINS=int(bins),
+    )  # fmt: skip
+    return np.asarray(counts.sum(dim=1).cpu(), np.int64)
+
+
+def _tile_by_tile(table: Table) -> Backend:
+    """Return what carries out formulas operation by operation: on a GPU torch, in the interpreter NumPy."""
+    _device(table)
+    return cast(Backend, arrays if isinstance(table.spans[0][0], np.ndarray) else tiles)
+
+
+def _tile_of(formula: Formula) -> int:
+    """Return how many entries a program works on at a time: its values fill up to 64 registers of each of 128 threads."""
+    assert formula.program is not None
+    held = formulas.most_held(formula.program) * formula.compute.itemsize
+    return max(256, min(TILE, 32768 // int(triton.next_power_of_2(held))))
+
+
+def _launch_formula(
+    kernel: Any, block: int, table: Table, formula: Formula, pieces: Array, *tensors: torch.Tensor, **constants: Any
+) -> None:
+    """Run a kernel of formulas over the pieces of a table; its results are the first of ``tensors``."""
+    assert formula.program is not None
+    keys = np.ascontiguousarray(formula.keys, np.uint32).view(np.int64)
+    _launch(
+        kernel, block, table, pieces, tensors[0], *_on_device(table, formula.constants, keys), *tensors[1:],
+        CONSTANTS=formula.constants.shape[1], KEYS=keys.shape[1], **formulas.unrolled(formula.program), **constants,
+    )  # fmt: skip
+
+
+def _counters(table: Table, groups: npt.NDArray[np.intp], count: int, bins: int) -> torch.Tensor:
+    """Make histograms, int64 [groups, copies, count, bins + 2].
+
+    Most magnitudes share a few bins, and a GPU adds to one address one after another: so a histogram has some copies.
+    """
+    histograms = int(groups.max(initial=-1)) + 1
+    fitting = COUNTERS // max(1, histograms * count * (bins + 2))
+    copies = min(64, 1 << max(0, fitting.bit_length() - 1))
+    return torch.zeros((histograms, copies, count, bins + 2), dtype=torch.int64, device=_device(table))
 
 
 def _packed(keep: Keep, table: Table, count: int) -> npt.NDArray[np.int64]:

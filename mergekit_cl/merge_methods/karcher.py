@@ -20,18 +20,27 @@ def karcher(
 ) -> Steps:
     """Average on the sphere: the direction with the least ``sum(weight_k * angle_k**2)`` to all models, and their mean norm.
 
-    Starting from the normalised mean of the unit vectors ``u_k = x_k / norm_k``, each iteration goes from the mean direction m
-    to ``cos(|v|) * m + sin(|v|) * v / |v|``, ``v = sum(weight_k * angle_k / sin(angle_k) * (u_k - cos(angle_k) * m))``. The
-    vectors stay where they are: all iterations are on the coefficients of m.
+    Formula:
+        u_k   = x_k / |x_k|,  w_k = weight_k / sum(weight)
+        m     = sum_k(w_k * u_k), normalised; then at most max_iter times, until |v| <= tol:
+        v     = sum_k(w_k * angle_k / sin(angle_k) * (u_k - cos(angle_k) * m)),  cos(angle_k) = <u_k, m>
+        m     = cos(|v|) * m + sin(|v|) * v / |v|
+        out   = sum_k(w_k * |x_k|) * m
+
+    The vectors stay where they are: all iterations are on the coefficients of m, and cost nothing beside the two reads.
 
     Models of a norm of at most ``tol`` have no direction and take part with their norm alone. Where no model has one, or where
     the directions cancel (the length of their mean is no more than ``tol`` or 1e-6) so that no direction is the mean, the
     result is the weighted average of the models; mergekit returns zeros, or starts from the first model. A direction
     opposite to m pulls nowhere. Models that agree are returned bit for bit.
 
+    When to use:
+        For the mean of any number of models as `slerp` would have it for two: of two models it is the middle of their great
+        circle. `multislerp` takes the normalised mean of the directions and stops there; the two differ little where the angles
+        are small, and so does `linear`. To compare the models' differences from a base, `multislerp` has one.
+
     Args:
-        scope: Any number of models.
-        weight: At least zero; divided by the sum. mergekit has equal weights only.
+        weight: How much each model counts; divided by the sum. mergekit has equal weights only.
         max_iter: The most iterations; mergekit's default. With 0 the result is that of `multislerp`.
         tol: The iterations end when ``|v|`` is at most this; mergekit's default.
 

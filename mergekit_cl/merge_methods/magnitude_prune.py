@@ -20,10 +20,31 @@ def magnitude_prune(
 ) -> Steps:
     """Trim each task vector to its largest entries, add up: ``base + lambda_ * sum(weight * task vector)``.
 
-    Trimming and rescale are those of `ties`; there is no election. normalize divides the weights by their sum.
+    Formula:
+        d_k = x_k - base, of which the max(1, int(density_k * n)) entries of largest magnitude stay
+        out = base + lambda_ * sum_k(weight_k * factor_k * d_k)          factor_k: 1, or see rescale
+        with normalize=True the weights are divided by their sum
+
+    Trimming is that of `ties`, entries that equal a cut included; there is no election.
+
+    When to use:
+        To make the task vector of a single model sparse, or to see what trimming alone does. For models of different tasks
+        `ties` also settles their signs; `dare_linear` drops at random, and `breadcrumbs` drops the largest entries too.
+
+    Args:
+        density: The part of the entries of each task vector that stays.
+        weight: How much of each task vector is added. A model of weight zero takes no part and is not read.
+        rescale: What the entries that stay are multiplied with: "l1" restores the L1 norm that the task vector had (mergekit's
+            rescale: true), "inverse_density" is 1 / density, ``None`` leaves them as they are.
+        normalize: Whether the weights are divided by their sum.
+        lambda_: The scale of what is added to the base.
+
+    Raises:
+        MergeError: The weights sum to zero and were to be normalised, or a density is too small for 1 / density.
 
     >>> from mergekit_cl import merge
-    >>> merge([np.float32([4, -1, 2, 0])], method="magnitude_prune", base=np.float32([1, 1, 1, 1]), density=0.5)
+    >>> model, base = np.float32([4, -1, 2, 0]), np.ones(4, np.float32)
+    >>> merge([model], method="magnitude_prune", base=base, density=0.5)  # of 3, -2, 1, -1
     array([ 4., -1.,  1.,  1.], dtype=float32)
     """
     parts = normalized(weight) if normalize else weight

@@ -11,16 +11,24 @@ from mergekit_cl.steps import Along, Gram, Scope, Statistics, Steps
 def model_stock(scope: Scope, *, filter_wise: bool = False) -> Steps:
     """Go from the base towards the average of N models: ``t = N * cos / (1 + (N - 1) * cos)``, cos between task vectors.
 
-    ``t * mean(x_k) + (1 - t) * base``, where cos is the mean over all pairs of models of the cosine between their differences
-    from the base. The more the models agree, the closer the result is to their average: for cos = 1 it is the average, for
-    cos = 0 the base.
+    Formula:
+        cos = mean over all pairs j < k of cos(angle between x_j - base and x_k - base)
+        t   = N * cos / (1 + (N - 1) * cos)
+        out = t * mean_k(x_k) + (1 - t) * base
+
+    The more the models agree, the closer the result is to their average: for cos = 1 it is the average, for cos = 0 the base.
+    With cos below zero, t is negative.
 
     As in mergekit, a product of two norms below 1e-6 counts as 1e-6, so that task vectors of zeros, or next to it, are at a
     right angle to all others; and where ``|1 + (N - 1) * cos| < 1e-6`` the result is the base. Unlike in mergekit, models
     that are equal are returned as they are, bit for bit, however close they are to the base.
 
+    When to use:
+        For two or three fine-tuned models of the *same* task, such as runs with other seeds: the paper approximates with two of
+        them what an average of many does. It has nothing to tune. Models of different tasks are nearly at right angles, and the
+        result stays near the base; use `task_arithmetic` or `ties` for these.
+
     Args:
-        scope: Has a base and two models, or more.
         filter_wise: Whether each row of a tensor (the last dimension) has a t of its own; otherwise a tensor has one. A
             tensor of one dimension is one row. Off by default, as in mergekit; the paper has one for each layer.
 

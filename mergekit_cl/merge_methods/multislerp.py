@@ -21,9 +21,14 @@ def multislerp(
 ) -> Steps:
     """Average directions and norms apart: ``sum(weight_k * x_k / norm_k)`` scaled to the norm ``sum(weight_k * norm_k)``.
 
-    With a base, x_k are the task vectors, and the result is added to the base. mergekit writes this as a projection to the
-    tangent space at the mean direction and back; the weighted sum in that space is zero, so the mean direction is the result.
-    The spherical mean, which minimises the angles, is `karcher`.
+    Formula:
+        d_k = x_k, or x_k - base where there is a base
+        m   = sum_k(weight_k * d_k / |d_k|)
+        out = sum_k(weight_k * |d_k|) * m / |m|                  plus the base
+        with normalize_weights=True the weights are divided by their sum
+
+    mergekit writes this as a projection to the tangent space at the mean direction and back; the weighted sum in that space is
+    zero, so the mean direction is the result. The spherical mean, which minimises the angles, is `karcher`.
 
     Where the directions cancel, there is no mean direction, and the result is the weighted sum of the vectors, for any number
     of models. (They do where the weighted mean of the unit vectors is no longer than ``eps``, or than 1e-6 times the sum of
@@ -31,9 +36,13 @@ def multislerp(
     than two models.) One model is returned as it is, whatever its weight, as by mergekit. A vector of zeros has no direction,
     but its norm counts. Models that agree are returned bit for bit where the weights add up to one.
 
+    When to use:
+        For three models and more where `slerp` would serve two, or for task vectors of very different lengths: here the lengths
+        do not decide the direction, as they do in `linear` and `task_arithmetic`. It is close to `karcher` and needs no
+        iterations.
+
     Args:
-        scope: Any number of models.
-        weight: Of any sign. Defaults to equal weights; mergekit has no default.
+        weight: How much each model counts, of any sign. Defaults to equal weights; mergekit has no default.
         normalize_weights: Whether the weights are divided by their sum.
         eps: Added to each norm that is divided by; mergekit's default.
 

@@ -19,19 +19,26 @@ def nuslerp(
 ) -> Steps:
     """Interpolate two models (with a base: their task vectors) along a great circle, ``t = weight_1 / (weight_0 + weight_1)``.
 
-    ``(sin((1 - t) * angle) * x_0 + sin(t * angle) * x_1) / sin(angle)``, and with a base
-    ``base + (sin((1 - t) * angle) * (x_0 - base) + sin(t * angle) * (x_1 - base)) / sin(angle)``. The
-    vectors are not normalised, as in slerp; small angles are no special case, unlike in slerp.
+    Formula:
+        t     = weight_1 / (weight_0 + weight_1)
+        d_k   = x_k, or x_k - base where there is a base
+        angle = arccos(<d_0, d_1> / (|d_0| * |d_1|))
+        out   = (sin((1 - t) * angle) * d_0 + sin(t * angle) * d_1) / sin(angle)       plus the base
+
+    The vectors are not normalised, as in `slerp`; small angles are no special case, unlike in `slerp`.
 
     As in mergekit, norms below 1e-7 count as 1e-7: a vector of zeros (a model equal to the base) is at a right angle to all
     others. Vectors that are opposite to within the rounding of float32 (``1 - cos(angle)**2 <= 2**-24``) have no one great
     circle, and are interpolated linearly; mergekit's own limit of 1e-16 is below what float32 can tell. Vectors that are
     equal are interpolated linearly too, however short: models that agree are returned bit for bit.
 
+    When to use:
+        As `slerp`, given as weights, and with a base between task vectors, where the direction that models share with their
+        base does not drown the differences. Each row may have an angle of its own. For more than two models, `multislerp`.
+
     Args:
-        scope: Has two models.
-        weight: May be negative, to go beyond the models. Where the weights add up to less than 1e-6, t is 0.5. Defaults to
-            equal weights; mergekit has no default.
+        weight: How near the result is to each model. May be negative, to go beyond the models. Where the weights add up to less
+            than 1e-6, t is 0.5. Defaults to equal weights; mergekit has no default.
         nuslerp_flatten: True takes a tensor for one vector. False takes each of its rows (the last dimension) for a vector
             with an angle of its own. A tensor of one dimension is one vector.
         nuslerp_row_wise: Without flatten, vectors run along the first dimension instead of the last. (The name is

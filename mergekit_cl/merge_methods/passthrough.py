@@ -8,7 +8,17 @@ from mergekit_cl.steps import Scope, Sum
 def passthrough(scope: Scope, *, scale: float = 1.0) -> Sum:
     """Return the one model, times ``scale``.
 
-    With scale 1 it is returned bit for bit. Recipes use it to stack layers of several models, each of which is taken from one.
+    Formula:
+        out = scale * x
+
+    With scale 1 it is returned bit for bit.
+
+    When to use:
+        In recipes, to stack layers of several models, each of which is taken from one; or to scale some tensors of a model.
+        Scaling what a model learned, and not the model, is `wise_ft`.
+
+    Args:
+        scale: What every entry is multiplied with.
 
     >>> from mergekit_cl import merge
     >>> merge([np.float32([1, -2])], method="passthrough", scale=0.5)

@@ -12,6 +12,11 @@ from mergekit_cl.steps import Gram, Scope, Steps, Sum
 def slerp(scope: Scope, *, t: float) -> Steps:
     """Interpolate along a great circle: ``(sin((1 - t) * angle) * base + sin(t * angle) * model) / sin(angle)``.
 
+    Formula:
+        angle = arccos(<a, b> / (|a| * |b|))             a the base, b the model; or two models
+        out   = (sin((1 - t) * angle) * a + sin(t * angle) * b) / sin(angle)
+        out   = (1 - t) * a + t * b                      if |cos(angle)| > 0.9995
+
     The angle is that between two tensors (with ``scope="model"``, two models), each taken as one vector. The vectors are not
     normalised. The ends are the base and a model, or, without ``base=``, the first and the second of two models.
 
@@ -19,8 +24,13 @@ def slerp(scope: Scope, *, t: float) -> Steps:
     most 1e-8 counts as 1: a tensor of zeros is at a right angle to all others. Unlike in mergekit, vectors that are equal
     are never scaled, however short they are; equal models are returned bit for bit.
 
+    When to use:
+        To blend two models where an average would shrink what lies between them: at an angle, points on the great circle keep
+        the norm. Models fine-tuned from one base may well be closer than the 0.9995, and then they are averaged linearly;
+        `nuslerp` with a base works with their differences from it, which are at larger angles. For more than two models,
+        `karcher` or `multislerp`.
+
     Args:
-        scope: Has one model and a base, or two models.
         t: How far to go: 0 is the base (or the first model), 1 the model (or the second one); beyond these it goes on.
             It has no default, as in mergekit.
 

@@ -396,20 +396,20 @@ def test_a_state_of_another_model_is_refused() -> None:
 
 # Other methods at the merge points
 
-REQUIRED = {"density": 0.3, "t": 0.25}
+REQUIRED = {"density": 0.3, "t": 0.25, "window": 2}
 
 
 def mergeable() -> list[str]:
     """Methods that can merge two models, or one and a base."""
     counts = {name: 2 - (m.base == "required") for name, m in methods().items()}
-    return [name for name, m in methods().items() if m.least <= counts[name] <= (m.most or 2)]
+    return [name for name, m in methods().items() if m.least <= counts[name] <= (m.most or 2) and not m.companions]
 
 
 @pytest.mark.parametrize("name", mergeable())
 def test_any_method_merges_the_anchor_and_the_present_weights(name: str) -> None:
     chosen = methods()[name]
     parameters: dict[str, Any] = {p: v for p, v in REQUIRED.items() if p in chosen.parameters}
-    if chosen.surveys:
+    if "scope" in chosen.shown:
         parameters["scope"] = "model"
     model, by_hand = network(), network()
     anchor = {n: t.clone() for n, t in by_hand.state_dict().items()}
