@@ -33,6 +33,26 @@ CASES: dict[str, tuple[int, bool, dict[str, Any], dict[str, Any] | None]] = {
     "multislerp": (3, False, {}, {"weight": 1.0}),
     "karcher": (3, False, {}, {}),
     "model_stock": (3, True, {}, {}),
+    "geometric_median": (3, False, {}, None),
+    "ema": (3, False, {}, None),
+    "lawa": (3, False, {"window": 2}, None),
+    "wsm": (3, False, {}, None),
+    "passthrough": (1, False, {"scale": 0.3}, {"scale": 0.3}),
+    "della": (3, True, {"density": 1.0, "weight": [1.0, 0.5, 0.25]}, {"density": 1.0, "weight": [1.0, 0.5, 0.25]}),
+    "della_linear": (3, True, {"density": 1.0, "weight": 0.3}, {"density": 1.0, "weight": 0.3}),
+    "sce": (3, True, {}, {}),
+    "arcee_fusion": (1, True, {}, {}),
+    "nearswap": (1, True, {"t": 0.1}, {"t": 0.1}),
+    "ram": (3, True, {}, {}),
+    "ramplus_tl": (3, True, {}, None),  # mergekit returns float32 for bfloat16
+    "magmax": (3, True, {"lambda_": 0.5}, None),
+    "median": (3, False, {}, None),
+    "fisher": (3, False, {}, None),
+    # of vectors these average the task vectors
+    "tsv_m": (3, True, {}, None),
+    "iso_c": (3, True, {}, None),
+    "iso_cts": (3, True, {}, None),
+    "opcm": (3, True, {}, None),
 }
 
 
@@ -50,14 +70,17 @@ def test_error(benchmark: BenchmarkFixture, models: list[Array], name: str) -> N
     count, based, parameters, theirs = CASES[name]
     base, tuned = models[0] if based else None, models[1 : 1 + count]
     wide = [model.astype(np.float64) for model in tuned]
-    exact = merge(wide, name, base=None if base is None else base.astype(np.float64), backend="numpy", **parameters)
-    ours = benchmark.pedantic(lambda: merge(tuned, name, base=base, **parameters))  # type: ignore[no-untyped-call]
+    beside = dict.fromkeys(methods()[name].companions, models[:count])
+    wide_beside = {p: [model.astype(np.float64) for model in given] for p, given in beside.items()}
+    wide_base = None if base is None else base.astype(np.float64)
+    exact = merge(wide, name, base=wide_base, backend="numpy", **parameters, **wide_beside)
+    ours = benchmark.pedantic(lambda: merge(tuned, name, base=base, **parameters, **beside))  # type: ignore[no-untyped-call]
     # DESIGN's bound: half a unit in the last place of the result, and 2**-22 of all that is added up
     unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), 2.0**-20))) - 7)
     bound = unit / 2 + 2.0**-22 * sum(np.abs(w) for w in [*wide, *(() if base is None else (base.astype(np.float64),))])
     error = np.abs(ours.astype(np.float64) - exact)
     # where the sum of the votes is zero in exact arithmetic, rounding elects: those entries are counted, and left out
-    elected = "elect" in methods()[name].parameters
+    elected = "elect" in methods()[name].parameters or name in ("sce", "arcee_fusion")
     doubtful = (error > bound) if elected else np.zeros(ELEMENTS, bool)
     assert doubtful.mean() < 1e-4
     assert (error <= bound)[~doubtful].all()

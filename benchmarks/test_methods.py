@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_cl import merge, methods
+from mergekit_cl import PerMatrix, merge, methods
 
 StateDict: TypeAlias = dict[str, torch.Tensor]
 
@@ -36,14 +36,35 @@ METHODS: dict[str, tuple[int, bool, int, dict[str, Any], dict[str, Any] | None]]
     "multislerp": (3, False, 2, {}, {"weight": 1.0}),
     "karcher": (3, False, 2, {}, {}),
     "model_stock": (3, True, 2, {}, {}),
+    "geometric_median": (3, False, 2, {}, None),
+    "ema": (3, False, 1, {}, None),
+    "lawa": (3, False, 1, {"window": 3}, None),
+    "wsm": (3, False, 1, {}, None),
+    "passthrough": (1, False, 1, {"scale": 0.5}, {"scale": 0.5}),
+    "della": (3, True, 1, {"density": DENSITY, "epsilon": 0.1}, {"density": DENSITY, "epsilon": 0.1, "weight": 1.0}),
+    "della_linear": (3, True, 1, {"density": DENSITY, "epsilon": 0.1}, {"density": DENSITY, "epsilon": 0.1, "weight": 1.0}),
+    "sce": (3, True, 3, {"select_topk": 0.1}, {"select_topk": 0.1}),
+    "arcee_fusion": (1, True, 3, {}, {}),
+    "nearswap": (1, True, 1, {"t": 0.01}, {"t": 0.01}),
+    "ram": (3, True, 1, {}, {}),
+    "ramplus_tl": (3, True, 2, {}, {}),
+    "magmax": (3, True, 1, {}, None),
+    "median": (3, False, 1, {}, None),
+    "fisher": (3, False, 1, {}, None),
+    "tsv_m": (3, True, 1, {}, None),
+    "iso_c": (3, True, 1, {}, None),
+    "iso_cts": (3, True, 1, {}, None),
+    "opcm": (3, True, 1, {}, None),
 }
+BY_MATRIX = {name for name, method in methods().items() if method.ends_in(PerMatrix)}
 ROW_WISE = {
     "nuslerp": ({"nuslerp_flatten": False}, "rows"),
     "model_stock": ({"filter_wise": True}, "rows"),
 }
 SMALL = "300 tensors"
+MATRICES = "4 matrices of 512 x 512"
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    *((name, {}, "") for name in methods()),  # a method that METHODS lacks fails
+    *((name, {}, MATRICES if name in BY_MATRIX else "") for name in methods()),  # a method that METHODS lacks fails
     *((name, *case) for name, case in ROW_WISE.items()),
     *((name, {}, SMALL) for name in ("ties", "dare_ties", "slerp")),
 ]
@@ -61,6 +82,14 @@ def models(scaled: Callable[[int], int]) -> list[StateDict]:
 def small(scaled: Callable[[int], int], transformer: Callable[..., StateDict]) -> list[StateDict]:
     """A base, and three fine-tunes of it: 300 tensors each."""
     return fine_tuned(transformer(scaled(ELEMENTS), torch.bfloat16, 0))
+
+
+@pytest.fixture(scope="module")
+def matrices(scaled: Callable[[int], int]) -> list[StateDict]:
+    """A base, and three fine-tunes of it: 4 matrices each, for what decomposes them."""
+    width = isqrt(scaled(1 << 20) // 4)
+    generator = torch.Generator().manual_seed(0)
+    return fine_tuned({f"layers.{n}.gate": torch.rand((width, width), generator=generator).bfloat16() for n in range(4)})
 
 
 def fine_tuned(base: StateDict) -> list[StateDict]:
@@ -86,9 +115,10 @@ def test_method(
 ) -> None:
     mergekit = pytest.importorskip("mergekit.merge_methods.api")
     count, based, reads, parameters, theirs = METHODS[name]
-    models: list[StateDict] = request.getfixturevalue("small" if mode == SMALL else "models")
+    models: list[StateDict] = request.getfixturevalue({SMALL: "small", MATRICES: "matrices"}.get(mode, "models"))
     base = models[0] if based else None
     tuned = models[1 : 1 + count]
+    parameters = parameters | dict.fromkeys(methods()[name].companions, models[:count])
 
     def ours(backend: str) -> StateDict:
         return merge(tuned, name, base=base, backend=backend, threads=threads, **parameters, **extra)  # type: ignore[no-any-return]
@@ -112,7 +142,7 @@ def test_method(
         rounds=3,
         table="methods",
         case={"method": f"{name} ({mode})" if mode else name, "models": count, "base": "yes" if based else "", "reads": reads},
-        bytes=((count + based) * reads + 1) * source.nbytes,
+        bytes=((count * (1 + len(methods()[name].companions)) + based) * reads + 1) * source.nbytes,
         copied=2 * source.nbytes,
     )
 
@@ -122,6 +152,8 @@ def check_against_float64(
 ) -> None:
     """Check a tensor against the same merge in float64, and the backends against each other."""
     tensor = "layers.3.gate"
+    beside = methods()[name].companions
+    parameters = {p: [{tensor: m[tensor].double().numpy()} for m in v] if p in beside else v for p, v in parameters.items()}
     wide = [m[tensor].double().numpy() for m in [*tuned, *([base] if base else [])]]
     inputs = {tensor: wide[-1]} if base else None
     exact = merge([{tensor: w} for w in wide[: len(tuned)]], name, base=inputs, backend="numpy", **parameters)[tensor]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 BETA, P = 0.5, 0.25
 STEPS, QUICK_STEPS, BATCH, LEARNING_RATE = 300, 20, 64, 1e-3
+FISHER_DIGITS = 100  # enough to see which weights matter
 TEST_DIGITS = 100  # of each digit; the other 400 are for training
 REQUIRED = {"density": 0.2, "gamma": 0.01, "t": 0.5, "window": 3}  # values for parameters that have no default
 
@@ -160,20 +161,46 @@ def _merge_with_all(files: Sequence[Path], start: Path, tasks: Sequence[Task], s
     from safetensors.torch import load_file
 
     checkpoints, base = [load_file(file) for file in files], load_file(start)
-    return {name: _merge_with(method, checkpoints, base, tasks, seed) for name, method in methods().items()}
+    beside = {"fisher": [fisher_information(each, task, seed) for each, task in zip(checkpoints, tasks, strict=True)]}
+    return {name: _merge_with(method, checkpoints, base, beside, tasks, seed) for name, method in methods().items()}
 
 
-def _merge_with(method: Method, checkpoints: Sequence[Weights], base: Weights, tasks: Sequence[Task], seed: int) -> Merged:
+def fisher_information(weights: Weights, task: Task, seed: int) -> Weights:
+    """Estimate the diagonal Fisher information of a model: mean squared gradients of the loss on single training digits."""
+    import torch
+
+    model = network(seed)
+    model.load_state_dict(weights)
+    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    some = slice(None, None, len(task.train_digits) // FISHER_DIGITS)  # they are in the order of the digits
+    for image, digit in zip(task.train_images[some], task.train_digits[some], strict=True):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(image), digit).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            total[name] += parameter.grad**2 / FISHER_DIGITS
+    return total
+
+
+def _merge_with(
+    method: Method,
+    checkpoints: Sequence[Weights],
+    base: Weights,
+    beside: Mapping[str, Sequence[Weights]],
+    tasks: Sequence[Task],
+    seed: int,
+) -> Merged:
     """Merge with a method's defaults; one that takes fewer models gets the last ones."""
     limit = method.most if method.base == "unused" or method.most is None else method.least
     models = checkpoints if limit is None else checkpoints[-limit:]
     inputs = f"all {len(models)}" if len(models) == len(checkpoints) else f"last {len(models)}".removesuffix(" 1")
     inputs += "" if method.base == "unused" else " + start"
-    required = [name for name, parameter in (method.companions | method.parameters).items() if parameter.required]
-    unknown = ", ".join(name for name in required if name not in REQUIRED)
+    required = [name for name, parameter in method.parameters.items() if parameter.required]
+    unknown = ", ".join(name for name in [*method.companions, *required] if name not in {*REQUIRED, *beside})
     if unknown:
         return Merged(inputs, problem=f"needs parameters: {unknown}")
-    values: Mapping[str, Any] = {name: REQUIRED[name] for name in required}
+    values: dict[str, Any] = {name: REQUIRED[name] for name in required}
+    values |= {name: beside[name][-len(models) :] for name in method.companions}
     try:
         weights = merge(models, method.name, base=None if method.base == "unused" else base, seed=seed, **values)
     except MergeError as error:

@@ -39,9 +39,11 @@ def ties(layout: Layout) -> dict[str, tuple[str, ...]]:
 def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether elements of an array may share memory, as those of an expanded one do.
 
-    >>> overlaps_itself((2, 3), (3, 1)), overlaps_itself((2, 3), (0, 1))
-    (False, True)
+    >>> overlaps_itself((2, 3), (3, 1)), overlaps_itself((2, 3), (0, 1)), overlaps_itself((0, 3), (0, 0))
+    (False, True, False)
     """
+    if 0 in shape:
+        return False
     reach = 0
     for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
         if stride <= reach:

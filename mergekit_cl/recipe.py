@@ -563,8 +563,9 @@ class _Reader:
             try:
                 value = parameter.convert(item)
                 ours = parameter.ours
-                if parameter.name == "density" and isinstance(value, float) and not 0 <= value <= 1 and isfinite(value):
-                    self.note(f"{where}: a density of {value:g} is taken as {float(value > 1):g}")
+                clipped = parameter.name in ("density", "select_topk")
+                if clipped and isinstance(value, float) and not 0 <= value <= 1 and isfinite(value):
+                    self.note(f"{where}: a {parameter.name} of {value:g} is taken as {float(value > 1):g}")
                     value = float(value > 1)
                 if ours is not None and (not ours.choices or isinstance(value, str)) and ours.type in (int, float, str):
                     value = ours.check(value, f"{where}:")

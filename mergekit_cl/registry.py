@@ -277,7 +277,7 @@ def method(
             raise TypeError(f'{where}: a formula takes (models, *, ...), or with base="required" (base, models, *, ...)')
         if is_formula and base == "optional":
             raise TypeError(f'{where}: the base of a formula is "required" or "unused"')
-        if not leading:
+        if not leading or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in declared):
             raise TypeError(f"{where}: its first parameter must be the scope, before the *; those of a formula base and models")
         parameters = {p.name: _read_parameter(p, hints, where) for p in declared[len(leading) if is_formula else 1 :]}
         surveys = inspect.isgeneratorfunction(function)

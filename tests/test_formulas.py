@@ -501,6 +501,10 @@ def test_models_that_are_read(backend: str) -> None:
     models = [f32(1, 2), f32(np.nan, np.inf), f32(10, 20)]
     assert merge(models, "second_and_first", backend=backend).tolist() == [9, 18]  # what is not read may hold anything
     assert merge(models, "base_alone", base=f32(3, 4), backend=backend).tolist() == [6, 8]
+    applied(
+        "seeded", lambda scope: Elementwise(lambda base, models, uniform: base + len(uniform), read=[], seed=1), base="required"
+    )
+    assert merge(models, "seeded", base=f32(3, 4), backend=backend).tolist() == [3, 4]
     applied("missing", lambda scope: Elementwise(lambda models: models[0], read=[0, 3]))
     with pytest.raises(MergeError, match=r"missing: Elementwise reads models \[0, 3\]: their numbers are 0 to 2"):
         merge(models, "missing")
@@ -983,7 +987,6 @@ def test_a_formula_in_a_training_loop(backend: str) -> None:
         torch.testing.assert_close(parameter.detach(), anchor[name] + moved)
 
 
-@pytest.mark.xfail(strict=True, reason="SFA keeps the seed of methods that don't survey")
 def test_random_numbers_are_new_at_each_merge() -> None:
     applied("tossed", lambda scope: Elementwise(lambda base, models, uniform: np.where(uniform[0] < 0.5, models[0], base),
                                                 seed=scope.seed), base="required")  # fmt: skip

@@ -268,7 +268,7 @@ class SFA:
         # the masks of a method that draws some are new at every step
         key = [
             self.parameters,
-            chosen.surveys and self.step_count,
+            not chosen.orderless and self.step_count,
             *((name, p.data_ptr(), p.dtype, p.device, p.stride()) for name, p in current.items()),
         ]
         if self._prepared is not None and self._prepared[0] == key:

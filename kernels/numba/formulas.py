@@ -60,7 +60,7 @@ def per_row(table: Table, formula: Formula, slices: Slices, pieces: Array) -> np
 
 def _written(table: Table, formula: Formula, slices: Slices | None, code: programs.Code, pieces: Array) -> Array:
     addresses = table.addresses
-    in_place = bool((addresses[:, :-1] == addresses[:, -1:]).any())
+    in_place = bool((addresses[:, :-1] == addresses[:, -1:]).any())  # and windows of files: those that are absent are at 0
     streamed = not in_place and table.lengths.sum() >= STREAMED
     if slices is None:
         step = SMALL if formula.keys.shape[1] else 1 << 62
@@ -272,6 +272,27 @@ def _ready(work: Any, row: Any, number: Any, start: Any, stop: Any, rank: Any) -
                 rank(work.ranks[k], stop - start, work.sorting)
 
 
+@with_digest
+def _count_tile(
+    values: Any, zeros: Any, low: Any, span: Any, shift: Any, count: Any, words: Any, offsets: Any, reached: Any, inside: Any,
+    found: Any, totals: Any,
+) -> None:  # fmt: skip
+    """Count a tile in a window; see `mergekit_cl.kernels.numba.compiled.magnitude_histogram`."""
+    padding = words * WORD - count
+    top = _place(values, zeros, low, span, words, offsets, reached, inside)
+    counted = _count_bits(inside, words)
+    if counted == words * WORD:
+        _count_all(offsets, counted, shift, totals)
+    elif counted:
+        _find(inside, words, found)
+        _count_some(offsets, found, counted, shift, totals)
+    totals[0, -2] += _count_bits(reached, words) - counted
+    if low == 0:
+        totals[0, 0] -= padding
+    if top == _infinity(low):
+        totals[0, -1] += _count_equal(offsets, offsets.dtype.type(top - low), count)
+
+
 @_versions
 def _apply(work: Any, step: Any, streamed: Any, width: Any, pieces: Any, nonfinite: Any) -> None:
     """Write a formula's result into the last column."""
@@ -350,24 +371,3 @@ def _count(
                         values, zeros, low[row, k], span[row, k], shift[row, k], count, words, offsets, reached, inside, found,
                         counts[groups[piece], k],
                     )  # fmt: skip
-
-
-@with_digest
-def _count_tile(
-    values: Any, zeros: Any, low: Any, span: Any, shift: Any, count: Any, words: Any, offsets: Any, reached: Any, inside: Any,
-    found: Any, totals: Any,
-) -> None:  # fmt: skip
-    """Count a tile in a window; see `mergekit_cl.kernels.numba.compiled.magnitude_histogram`."""
-    padding = words * WORD - count
-    top = _place(values, zeros, low, span, words, offsets, reached, inside)
-    counted = _count_bits(inside, words)
-    if counted == words * WORD:
-        _count_all(offsets, counted, shift, totals)
-    elif counted:
-        _find(inside, words, found)
-        _count_some(offsets, found, counted, shift, totals)
-    totals[0, -2] += _count_bits(reached, words) - counted
-    if low == 0:
-        totals[0, 0] -= padding
-    if top == _infinity(low):
-        totals[0, -1] += _count_equal(offsets, offsets.dtype.type(top - low), count)

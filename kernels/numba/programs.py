@@ -486,11 +486,13 @@ class _Stage:
 
     def _extreme(self, build: ir.IRBuilder, name: str, one: Any, other: Any) -> Any:
         """Return the larger or smaller; NaN wins, and -0 is smaller than 0."""
-        ahead = build.fcmp_unordered(">" if name == "max" else "<", one, other)
-        taken = build.select(build.and_(ahead, build.fcmp_ordered("ord", other, other)), one, other)
-        left, right = self._integer(build, one), self._integer(build, other)
-        both = build.and_(left, right) if name == "max" else build.or_(left, right)
-        return build.select(build.fcmp_ordered("==", one, other), self._float(build, both), taken)
+        # one instruction each: of numbers that are equal the second, so that both differ in the sign of a zero alone
+        sign = ">" if name == "max" else "<"
+        left, right = (
+            self._integer(build, build.select(build.fcmp_ordered(sign, a, b), a, b)) for a, b in ((one, other), (other, one))
+        )
+        both = self._float(build, build.and_(left, right) if name == "max" else build.or_(left, right))
+        return build.select(build.fcmp_unordered("uno", one, other), build.fadd(one, other), both)
 
     def _magnitude(self, build: ir.IRBuilder, value: Any) -> Any:
         return self._float(build, build.and_(self._integer(build, value), self.integer(2 ** (self.bits - 1) - 1)))

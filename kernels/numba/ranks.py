@@ -56,8 +56,11 @@ class Room(NamedTuple):
     keys: Array
     buckets: Array
     counts: Array
+    words: Array
+    """The same memory as ``counts``, four in each"""
     digits: Array
     last: Array
+    marks: Array
     shares: Array
     """The rank for twice a mean place, of slices of the length that `shared` holds"""
     shared: Array
@@ -66,14 +69,17 @@ class Room(NamedTuple):
 def room(entries: int, compute: np.dtype[Any]) -> Room:
     """Make the buffers."""
     few = min(entries, MOST)
+    counts = np.zeros((2 * few + _PAD) & ~7, np.uint16)
     return Room(
         packed=np.zeros(entries + _PAD, np.uint64),
         other=np.zeros(entries + _PAD, np.uint64),
         keys=np.zeros(entries + _PAD, np.uint32),
         buckets=np.zeros(few + _PAD, np.uint32),
-        counts=np.zeros((2 * few + _PAD) & ~7, np.uint16),
+        counts=counts,
+        words=counts.view(np.uint64),
         digits=np.zeros(3 << DIGITS, np.int64),
         last=np.zeros(2 * few + _PAD, np.uint32),
+        marks=np.zeros(2 * few + _PAD, np.uint8),
         shares=np.zeros(2 * few + _PAD, compute),
         shared=np.zeros(1, np.int64),
     )
@@ -138,7 +144,8 @@ def _long_key(value: Any) -> Any:
 def rank(values: Any, count: Any, room: Any) -> None:
     """Replace the first ``count`` values by their ranks."""
     if count <= 1:
-        values[:count] = values.dtype.type(0.5)
+        for i in range(count):
+            values[i] = values.dtype.type(0.5)
         return
     packed, other, keys, buckets = (
         _borrowed(room.packed),
@@ -163,11 +170,24 @@ def rank(values: Any, count: Any, room: Any) -> None:
     done = False
     if FEW < count <= MOST:
         some = 2 * count & ~7
-        crowd = _into_buckets(values, count, buckets, some, counts)
+        crowd = _into_buckets(values, count, buckets, some, counts, _borrowed(room.words))
         if (
             crowd > 2 * count
             and not double
-            and _rank_alike(values, count, keys, buckets, some, counts, packed, other, digits, shares, _borrowed(room.last))
+            and _rank_alike(
+                values,
+                count,
+                keys,
+                buckets,
+                some,
+                counts,
+                packed,
+                other,
+                digits,
+                shares,
+                _borrowed(room.last),
+                _borrowed(room.marks),
+            )
         ):
             return
         done = crowd >= 0 and _order_buckets(count, keys, buckets, counts, packed)
@@ -229,7 +249,7 @@ def _scale(values: Any, count: Any, sums: Any) -> Any:
 
 
 @with_digest
-def _into_buckets(values: Any, count: Any, buckets: Any, some: Any, counts: Any) -> int:
+def _into_buckets(values: Any, count: Any, buckets: Any, some: Any, counts: Any, words: Any) -> int:
     """Choose the bucket of each value; make ``counts`` the places at which the buckets begin.
 
     Returns:
@@ -241,9 +261,10 @@ def _into_buckets(values: Any, count: Any, buckets: Any, some: Any, counts: Any)
     if not mean < np.inf:
         return -1
     _choose(values, count, values.dtype.type(1.4) * mean, negative, some, buckets)
-    counts[:some] = u16(0)
+    for i in range(some):
+        counts[i] = u16(0)
     crowd = _number(buckets, count, counts)
-    _add_up(counts.view(np.uint64), some // 4)
+    _add_up(words, some // 4)
     counts[some] = count
     return int(crowd)
 
@@ -263,7 +284,7 @@ def _order_buckets(count: Any, keys: Any, buckets: Any, starts: Any, packed: Any
 @with_digest
 def _rank_alike(
     values: Any, count: Any, keys: Any, buckets: Any, some: Any, starts: Any, packed: Any, other: Any, digits: Any, shares: Any,
-    last: Any,
+    last: Any, marks: Any,
 ) -> bool:  # fmt: skip
     """Rank without sorting where nearly all entries of a bucket are equal; return whether they are."""
     low = u32(0xFFFF)
@@ -279,13 +300,13 @@ def _rank_alike(
             mixed += 1
     found = 0
     if mixed:
-        marks = last.view(np.uint8)[: some + 1]
-        marks[:] = 0
+        for k in range(some):
+            marks[k] = 0
         for k in range(mixed):
             marks[digits[k]] = 1
         for i in range(count):
             packed[u64(found)] = u64(u64(u64(keys[i]) << u64(32)) | u64(i))
-            found += marks[u32(buckets[i] & low)]
+            found += int(marks[u32(buckets[i] & low)])
         if found > count // 4:
             return False
     _share_alike(values, count, buckets, starts, shares)
@@ -396,7 +417,8 @@ def _by_digits(keys: Any, count: Any, packed: Any, other: Any, digits: Any) -> N
     """Sort the keys by their digits, the lowest first."""
     size = 1 << DIGITS
     mask = u32(size - 1)
-    digits[:] = 0
+    for i in range(3 * size):
+        digits[i] = 0
     for i in range(count):
         key = keys[i]
         packed[i] = u64(u64(u64(key) << u64(32)) | u64(i))
@@ -419,7 +441,8 @@ def _by_digits(keys: Any, count: Any, packed: Any, other: Any, digits: Any) -> N
                 _move(packed, count, starts, digit, other)
             moved += 1
     if moved % 2:
-        packed[:count] = other[:count]
+        for i in range(count):
+            packed[i] = other[i]
 
 
 @with_digest
@@ -464,16 +487,18 @@ def _by_low(part: Any, other: Any, digits: Any) -> None:
     size = 1 << DIGITS
     for digit in range(3):
         starts = digits[:size]
-        starts[:] = 0
-        for value in part:
-            starts[u64(value >> u64(32 + DIGITS * digit)) & u64(size - 1)] += 1
+        for i in range(size):
+            starts[i] = 0
+        for i in range(len(part)):
+            starts[u64(part[i] >> u64(32 + DIGITS * digit)) & u64(size - 1)] += 1
         before = 0
         for i in range(size):
             number = starts[i]
             starts[i] = before
             before += number
         _move(part, len(part), starts, digit, other)
-        part[:] = other[: len(part)]
+        for i in range(len(part)):
+            part[i] = other[i]
 
 
 @with_digest

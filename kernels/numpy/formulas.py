@@ -139,7 +139,9 @@ def _parts(slices: Slices | None, pieces: Array, size: int) -> Iterator[tuple[in
 def _uniform(key: npt.NDArray[np.uint32], tile: slice, compute: np.dtype[Any]) -> Array:
     start = tile.start - tile.start % 4
     hashes = hashes_from(key, start, tile.stop - start)[tile.start - start :]
-    return np.multiply((hashes >> np.uint32(8)).astype(compute), compute.type(2.0**-24))
+    shifted: Array = (hashes >> np.uint32(8)).astype(compute)
+    shifted *= compute.type(2.0**-24)
+    return shifted
 
 
 class Evaluator:

@@ -25,7 +25,7 @@ def median(models: list[Values]) -> Values:
     array([2., 6.], dtype=float32)
     """
     low, high = _middle(list(models))
-    return np.where(low == high, low, low + 0.5 * (high - low))
+    return np.where(low == high, low, 0.5 * low + 0.5 * high)
 
 
 def _middle(values: list[Values]) -> tuple[Values, Values]:

@@ -72,7 +72,7 @@ def _selected(base: Values, models: list[Values], cut: Cut | None, uniform: Any)
     if uniform is not None:
         stays = (variance > cut.magnitude) | ((variance == cut.magnitude) & (uniform[0] < cut.share))
     else:
-        stays = variance >= cut.magnitude if cut.share else variance > cut.magnitude
+        stays = variance >= cut.magnitude
     return [np.where(stays, change, 0) for change in changes]
 
 

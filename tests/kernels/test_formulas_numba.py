@@ -18,6 +18,7 @@ from mergekit_cl.kernels import BLOCK, Formula, Slices, Table
 from mergekit_cl.kernels import numba as backend
 from mergekit_cl.kernels.numba import formulas, programs
 from mergekit_cl.kernels.numpy import formulas as oracle
+from mergekit_cl.windows import Window
 
 Array = npt.NDArray[Any]
 DTYPES = list(type_of)
@@ -65,6 +66,102 @@ def extremes(random: np.random.Generator, span: Array) -> None:
     kinds = [limits.smallest_subnormal, limits.tiny, limits.max, 1 + limits.eps, -limits.max, -limits.smallest_subnormal]
     at = random.integers(0, max(len(span), 1), len(span) // 20)
     span[at] = random.choice(np.array(kinds, span.dtype), len(at))
+
+
+def bound(program: Program, constants: Any, table: Table, compute: Any, uniforms: int = 0, numbers: Any = None) -> Formula:
+    random = np.random.default_rng(5)
+    rows = len(table.spans)
+    keys = random.integers(0, 2**32, (rows, uniforms, 2)).astype(np.uint32)
+    numbers = np.zeros((0, 0), compute) if numbers is None else numbers
+    return Formula(program, np.tile(np.array(constants, compute), (rows, 1)), keys, numbers)
+
+
+def both(function: str, table: Table, *rest: Any) -> Array:
+    """Compute with both backends, compare, and return what they write."""
+    kept = table.spans[0][0].copy(), [row[-1].copy() for row in table.spans]
+    want = getattr(oracle, function)(table, *rest)
+    written = [row[-1].copy() for row in table.spans]
+    for row, before in zip(table.spans, kept[1], strict=True):
+        row[-1][:] = before
+    got = getattr(backend, function)(table, *rest)
+    assert got.tolist() == want.tolist()
+    for row, expected in zip(table.spans, written, strict=True):
+        assert bits(row[-1]) == bits(expected)
+    return np.asarray(want)
+
+
+# Ranks --------------------------------------------------------------------------------------------------------------------
+
+
+def definition(values: Array) -> Array:
+    """Rank by comparing all pairs; NaN is greater than all and equal to NaN."""
+    nan = np.isnan(values)
+    less = (values[None] < values[:, None]) | (~nan[None] & nan[:, None])
+    equal = (values[None] == values[:, None]) | (nan[None] & nan[:, None])
+    if len(values) == 1:
+        return np.full(1, 0.5, values.dtype)
+    doubled = 2 * less.sum(1) + equal.sum(1) - 1
+    shares: Array = (doubled / (2.0 * (len(values) - 1))).astype(values.dtype)
+    return shares
+
+
+VALUES: dict[str, Callable[[np.random.Generator, int], Array]] = {
+    "normal": lambda r, n: r.standard_normal(n),
+    "magnitudes": lambda r, n: np.abs(r.standard_normal(n)),
+    "heavy tails": lambda r, n: r.standard_cauchy(n),
+    "ties": lambda r, n: np.round(r.standard_normal(n) * 4),
+    "ties and others": lambda r, n: np.where(r.random(n) < 0.9, np.round(r.standard_normal(n) * 4), r.standard_normal(n)),
+    "crowded": lambda r, n: 1 + r.standard_normal(n) * 1e-5,
+    "differ in the last bits": lambda r, n: 1 + np.round(r.standard_normal(n) * 40) * 2.0**-50,
+    "far apart": lambda r, n: np.exp(r.standard_normal(n) * 15),
+    "alike": lambda r, n: np.zeros(n) * r.choice([-1, 1], n),
+    "specials": lambda r, n: np.where(r.random(n) < 0.3, r.choice(SPECIALS, n), r.standard_normal(n)),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("compute", [np.float32, np.float64])
+def test_ranks(name: str, compute: Any) -> None:
+    random = np.random.default_rng(1)
+    program = Program((("input", (0,)), ("ranks", (0,))), (1,))
+    for length in [1, 2, 3, 24, 25, 26, 33, 500, 1023, 4100]:
+        values = VALUES[name](random, 2 * length).astype(compute)
+        table = Table([[values, np.empty_like(values)]])
+        slices = Slices(np.array([length]), False)
+        both("per_row", table, bound(program, (), table, np.dtype(compute)), slices, np.array([[0, 0, 2]]))
+        if length < 600:
+            for number in range(2):
+                part = slice(number * length, (number + 1) * length)
+                assert table.spans[0][1][part].tolist() == definition(values[part]).tolist()
+
+
+@pytest.mark.parametrize("name", ["magnitudes", "ties", "crowded"])
+@pytest.mark.parametrize("length", [32_767, 32_768, 200_001])
+def test_ranks_of_long_rows(name: str, length: int) -> None:
+    values = VALUES[name](np.random.default_rng(2), length).astype(np.float32)
+    table = Table([[values, np.empty_like(values)]])
+    program = Program((("input", (0,)), ("ranks", (0,))), (1,))
+    slices = Slices(np.array([length]), False)
+    both("per_row", table, bound(program, (), table, np.dtype(np.float32)), slices, np.array([[0, 0, 1]]))
+
+
+def test_ranks_that_depend_on_ranks_and_sums() -> None:
+    """Three stages, and operands of ranks that are the same for a whole slice."""
+
+    def formula(x: Any, y: Any) -> Any:
+        first = ranks(np.abs(x))
+        second = ranks(first * y - np.max(first * y, axis=-1, keepdims=True))
+        return second + np.mean(y, axis=-1, keepdims=True) * np.sum(second, axis=-1, keepdims=True)
+
+    random = np.random.default_rng(3)
+    x, y = (np.round(random.standard_normal(6 * 300) * 16).astype(np.float32) / 16 for _ in range(2))
+    table = Table([[x, y, np.empty_like(x)]])
+    traced = trace(formula, [0, 1])
+    assert traced is not None
+    how = bound(traced.program, traced.constants, table, np.dtype(np.float32))
+    both("per_row", table, how, Slices(np.array([300]), False), np.array([[0, 0, 2], [0, 2, 6]]))
+    expected = formula(x.reshape(6, 300), y.reshape(6, 300))
+    np.testing.assert_allclose(table.spans[0][2].reshape(6, 300), expected, rtol=1e-6)
 
 
 # Formulas drawn at random ------------------------------------------------------------------------------------------------
@@ -140,28 +237,6 @@ def expressions(draw: st.DrawFn, leaves: int, along: bool) -> Callable[..., Any]
     return formula
 
 
-def bound(program: Program, constants: Any, table: Table, compute: Any, uniforms: int = 0, numbers: Any = None) -> Formula:
-    random = np.random.default_rng(5)
-    rows = len(table.spans)
-    keys = random.integers(0, 2**32, (rows, uniforms, 2)).astype(np.uint32)
-    numbers = np.zeros((0, 0), compute) if numbers is None else numbers
-    return Formula(program, np.tile(np.array(constants, compute), (rows, 1)), keys, numbers)
-
-
-def both(function: str, table: Table, *rest: Any) -> Array:
-    """Compute with both backends, compare, and return what they write."""
-    kept = table.spans[0][0].copy(), [row[-1].copy() for row in table.spans]
-    want = getattr(oracle, function)(table, *rest)
-    written = [row[-1].copy() for row in table.spans]
-    for row, before in zip(table.spans, kept[1], strict=True):
-        row[-1][:] = before
-    got = getattr(backend, function)(table, *rest)
-    assert got.tolist() == want.tolist()
-    for row, expected in zip(table.spans, written, strict=True):
-        assert bits(row[-1]) == bits(expected)
-    return np.asarray(want)
-
-
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.integers(0, 2**32), st.booleans())
 def test_random_formulas(data: st.DataObject, seed: int, streamed: bool) -> None:
@@ -231,80 +306,6 @@ def test_random_formulas_of_rows(data: st.DataObject, seed: int, streamed: bool)
     for row, want, shape in zip(table.spans, expected, shapes, strict=True):
         if dtypes[-1] == compute.name:
             np.testing.assert_array_equal(row[-1].reshape(shape), np.broadcast_to(np.asarray(want, compute), shape))
-
-
-# Ranks --------------------------------------------------------------------------------------------------------------------
-
-
-def definition(values: Array) -> Array:
-    """Rank by comparing all pairs; NaN is greater than all and equal to NaN."""
-    nan = np.isnan(values)
-    less = (values[None] < values[:, None]) | (~nan[None] & nan[:, None])
-    equal = (values[None] == values[:, None]) | (nan[None] & nan[:, None])
-    if len(values) == 1:
-        return np.full(1, 0.5, values.dtype)
-    doubled = 2 * less.sum(1) + equal.sum(1) - 1
-    shares: Array = (doubled / (2.0 * (len(values) - 1))).astype(values.dtype)
-    return shares
-
-
-VALUES: dict[str, Callable[[np.random.Generator, int], Array]] = {
-    "normal": lambda r, n: r.standard_normal(n),
-    "magnitudes": lambda r, n: np.abs(r.standard_normal(n)),
-    "heavy tails": lambda r, n: r.standard_cauchy(n),
-    "ties": lambda r, n: np.round(r.standard_normal(n) * 4),
-    "ties and others": lambda r, n: np.where(r.random(n) < 0.9, np.round(r.standard_normal(n) * 4), r.standard_normal(n)),
-    "crowded": lambda r, n: 1 + r.standard_normal(n) * 1e-5,
-    "differ in the last bits": lambda r, n: 1 + np.round(r.standard_normal(n) * 40) * 2.0**-50,
-    "far apart": lambda r, n: np.exp(r.standard_normal(n) * 15),
-    "alike": lambda r, n: np.zeros(n) * r.choice([-1, 1], n),
-    "specials": lambda r, n: np.where(r.random(n) < 0.3, r.choice(SPECIALS, n), r.standard_normal(n)),
-}
-
-
-@pytest.mark.parametrize("name", VALUES)
-@pytest.mark.parametrize("compute", [np.float32, np.float64])
-def test_ranks(name: str, compute: Any) -> None:
-    random = np.random.default_rng(1)
-    program = Program((("input", (0,)), ("ranks", (0,))), (1,))
-    for length in [1, 2, 3, 24, 25, 26, 33, 500, 1023, 4100]:
-        values = VALUES[name](random, 2 * length).astype(compute)
-        table = Table([[values, np.empty_like(values)]])
-        slices = Slices(np.array([length]), False)
-        both("per_row", table, bound(program, (), table, np.dtype(compute)), slices, np.array([[0, 0, 2]]))
-        if length < 600:
-            for number in range(2):
-                part = slice(number * length, (number + 1) * length)
-                assert table.spans[0][1][part].tolist() == definition(values[part]).tolist()
-
-
-@pytest.mark.parametrize("name", ["magnitudes", "ties", "crowded"])
-@pytest.mark.parametrize("length", [32_767, 32_768, 200_001])
-def test_ranks_of_long_rows(name: str, length: int) -> None:
-    values = VALUES[name](np.random.default_rng(2), length).astype(np.float32)
-    table = Table([[values, np.empty_like(values)]])
-    program = Program((("input", (0,)), ("ranks", (0,))), (1,))
-    slices = Slices(np.array([length]), False)
-    both("per_row", table, bound(program, (), table, np.dtype(np.float32)), slices, np.array([[0, 0, 1]]))
-
-
-def test_ranks_that_depend_on_ranks_and_sums() -> None:
-    """Three stages, and operands of ranks that are the same for a whole slice."""
-
-    def formula(x: Any, y: Any) -> Any:
-        first = ranks(np.abs(x))
-        second = ranks(first * y - np.max(first * y, axis=-1, keepdims=True))
-        return second + np.mean(y, axis=-1, keepdims=True) * np.sum(second, axis=-1, keepdims=True)
-
-    random = np.random.default_rng(3)
-    x, y = (np.round(random.standard_normal(6 * 300) * 16).astype(np.float32) / 16 for _ in range(2))
-    table = Table([[x, y, np.empty_like(x)]])
-    traced = trace(formula, [0, 1])
-    assert traced is not None
-    how = bound(traced.program, traced.constants, table, np.dtype(np.float32))
-    both("per_row", table, how, Slices(np.array([300]), False), np.array([[0, 0, 2], [0, 2, 6]]))
-    expected = formula(x.reshape(6, 300), y.reshape(6, 300))
-    np.testing.assert_allclose(table.spans[0][2].reshape(6, 300), expected, rtol=1e-6)
 
 
 # Random numbers -------------------------------------------------------------------------------------------------------------
@@ -468,7 +469,7 @@ def test_threads_compute_the_same() -> None:
     """Many threads that need a new formula's code at the same time, each for a piece."""
     random = np.random.default_rng(6)
     spans = [random.standard_normal(40 * 512).astype(np.float32) for _ in range(3)]
-    traced = trace(lambda x, y: np.where(ranks(x) > 0.3, x, y) * 0.7 - np.min(y, axis=-1, keepdims=True), [0, 1])
+    traced = trace(lambda x, y: np.multiply(np.where(ranks(x) > 0.3, x, y), 0.7) - np.min(y, axis=-1, keepdims=True), [0, 1])
     assert traced is not None
     table = Table([spans])
     how = bound(traced.program, traced.constants, table, np.dtype(np.float32))
@@ -480,6 +481,60 @@ def test_threads_compute_the_same() -> None:
         pieces = [np.array([[0, start, start + 2]]) for start in range(0, 40, 2)]
         assert not any(flags.any() for flags in pool.map(partial(backend.per_row, table, how, slices), pieces))
     assert spans[2].tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("compute", [np.float32, np.float64])
+def test_extremes_by_hand(compute: Any) -> None:
+    """NaN wins, and 0 is larger than -0, whichever comes first; along a row too."""
+    x = np.array([0.0, -0.0, 0.0, -0.0, np.nan, 1, 2, -np.inf] * 9, compute)
+    y = np.array([0.0, -0.0, -0.0, 0.0, 1, np.nan, -3, -0.0] * 9, compute)
+    for function, expected in (
+        (np.maximum, [0.0, -0.0, 0.0, 0.0, np.nan, np.nan, 2, -0.0]),
+        (np.minimum, [0.0, -0.0, -0.0, -0.0, np.nan, np.nan, -3, -np.inf]),
+    ):
+        table = Table([[x, y, np.empty_like(x)]])
+        traced = trace(function, [0, 1])
+        assert traced is not None
+        how = bound(traced.program, traced.constants, table, np.dtype(compute))
+        both("elementwise", table, how, table.whole)
+        assert bits(table.spans[0][2]) == bits(np.array(expected * 9, compute))
+    for zeros, signs in (([0.0, -0.0] * 40, [1, -1]), ([-0.0] * 80, [-1, -1]), ([0.0] * 80, [1, 1])):
+        table = Table([[np.array(zeros, compute), np.empty(80, compute)]])
+        for along, sign in zip((np.max, np.min), signs, strict=True):
+            traced = trace(lambda x, along=along: np.copysign(1.0, along(x, axis=-1, keepdims=True)), [0])
+            assert traced is not None
+            how = bound(traced.program, traced.constants, table, np.dtype(compute))
+            both("per_row", table, how, Slices(np.array([40]), False), np.array([[0, 0, 2]]))
+            assert (table.spans[0][1] == sign).all()
+
+
+def test_results_are_rounded_once() -> None:
+    """Also from float64: slightly above the middle of two neighbours is up, not to even by way of float32."""
+    for dtype, step in (("bfloat16", 2.0**-7), ("float16", 2.0**-10)):
+        x = np.array([1 + step / 2 + 2.0**-40, 1 + step / 2, 1 + step / 2 - 2.0**-40, -1 - 3 * step / 2 + 2.0**-40] * 5)
+        table = Table([[x, np.zeros(20, type_of[dtype])]])
+        program = Program((("input", (0,)), ("neg", (0,)), ("neg", (1,))), (2,))
+        backend.elementwise(table, bound(program, (), table, np.dtype(np.float64)), table.whole)
+        assert table.spans[0][1].astype(np.float64).tolist() == [1 + step, 1, 1, -1 - step] * 5
+
+
+def test_windows_of_files() -> None:
+    """A table of which only the pieces at hand are in memory."""
+    first, last = 2 * BLOCK, 2 * BLOCK + 100
+    parts = [np.arange(100, dtype=np.float32), np.zeros(100, np.float32)]
+    windows = [Window(part, first, 3 * BLOCK) for part in parts]
+    rows: list[Any] = [(), windows]
+    table = Table(rows)
+    lengths, addresses = np.array([7, 3 * BLOCK]), np.array([[0, 0], [window.data_ptr() for window in windows]])
+    table.__dict__.update(dtypes=("float32", "float32"), lengths=lengths, addresses=addresses)
+    program = Program((("input", (0,)), ("mul", (0, 0)), ("uniform", (0,)), ("add", (1, 2))), (3,))
+    how = bound(program, (), table, np.dtype(np.float32), uniforms=1)
+    pieces = np.array([[1, first, last]])
+    assert backend.elementwise(table, how, pieces).tolist() == [False, False]
+    written = parts[1].copy()
+    assert written[3] == np.float32(9) + np.float32((philox(first + 3, how.keys[1, 0].tolist()) >> 8) * 2.0**-24)
+    oracle.elementwise(table, how, pieces)
+    assert parts[1].tobytes() == written.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -494,7 +549,7 @@ def test_what_is_not_finite_is_noticed(dtype: str) -> None:
             [ones, ones, ones.copy()],
             [bad, ones, ones.copy()],
             [ones, bad, ones.copy()],
-            [np.full_like(ones, large), ones, ones.copy()],
+            [most, ones, ones.copy()],
         ]
     )
     compute = np.dtype(np.float64 if dtype == "float64" else np.float32)

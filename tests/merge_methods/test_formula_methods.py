@@ -1,14 +1,18 @@
 """nearswap, ram, ramplus_tl, sce, arcee_fusion, della, median, magmax: by hand, beside mergekit, and what della drops."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from mergekit_cl import MergeError, NonFiniteError, merge, methods
+from mergekit_cl.cli import app
 
 Array = npt.NDArray[Any]
 
@@ -66,6 +70,8 @@ def test_nearswap_of_tiny_differences() -> None:
     """Below 1e-6 a difference counts as 1e-6: 4e-7 / 1e-6 of the way."""
     result = merge([f32(5e-7, 2e-6)], "nearswap", base=f32(0, 0), t=4e-7)
     np.testing.assert_allclose(result, [2e-7, 4e-7], rtol=1e-6)
+    base, (model,) = dense_models((1000,), 1, 0)
+    assert np.array_equal(merge([model], "nearswap", base=base, t=9), model)  # not base + (model - base)
     with pytest.raises(MergeError, match=r"t=-0.1: must be in \[0, inf\)"):
         merge([f32(1)], "nearswap", base=f32(1), t=-0.1)
     with pytest.raises(MergeError, match="nearswap needs t"):
@@ -686,3 +692,44 @@ def test_one_model_and_a_base(name: str) -> None:
     if name == "arcee_fusion":
         with pytest.raises(MergeError, match="scope"):
             merge(models[:1], name, base=base, scope="model")
+
+
+# Recipes
+
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "nearswap": ("t: 0.05", {"t": 0.05}),
+    "ram": ("epsilon: 0.01", {"epsilon": 0.01}),
+    "ramplus_tl": ("", {}),
+    "sce": ("select_topk: 0.3\n  int8_mask: true", {"select_topk": 0.3}),
+    "arcee_fusion": ("", {}),
+    # mergekit's rescale, epsilon and normalize
+    "della": ("weight: 0.7\n  density: 0.4", {"weight": 0.7, "density": 0.4, "epsilon": 0.15, "rescale": "l1"}),
+    "della_linear": (
+        "weight: 0.7\n  density: 0.4\n  epsilon: 0.2\n  normalize: true\n  rescale: false\n  lambda: 0.5",
+        {"weight": 0.7, "density": 0.4, "epsilon": 0.2, "normalize": True, "rescale": None, "lambda_": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_recipes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mergekit-cl run`` merges files as `merge` does in memory."""
+    parameters, how = RECIPES[method]
+    monkeypatch.setattr("mergekit_cl.memory.anonymous_memory", lambda: 50_000_000)
+    models = []
+    for seed, name in enumerate(("base", "a", "b")):
+        base, (model,) = sparse_models((30, 40), 1, seed)
+        models.append({"layers.0.mlp.weight": model, "norm.weight": base[0], "embed.weight": model[:, :1].copy()})
+        (tmp_path / name).mkdir()
+        save_file(models[-1], tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text('{"model_type": "tiny"}')
+    count = methods()[method].most or 2
+    listed = "\n".join(f"  - model: {tmp_path / name}" for name in "ab"[:count])
+    recipe = f"merge_method: {method}\nbase_model: {tmp_path / 'base'}\nmodels:\n{listed}\n"
+    (tmp_path / "recipe.yml").write_text(recipe + (f"parameters:\n  {parameters}\n" if parameters else ""))
+    given = ["run", tmp_path / "recipe.yml", tmp_path / "out", "--memory", "64GB", "--random-seed", "7"]
+    result = CliRunner().invoke(app, list(map(str, given)))
+    assert result.exit_code == 0, result.output
+    expected = merge(models[1 : 1 + count], method, base=models[0], seed=7, **how)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.tobytes() for name, tensor in merged.items()} == {n: t.tobytes() for n, t in expected.items()}
