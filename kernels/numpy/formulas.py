@@ -1,13 +1,14 @@
 """Formulas in NumPy: operation by operation, over tiles that stay in cache."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mergekit_cl.dtypes import largest_finite
-from mergekit_cl.formula import ROW_OPERATIONS, Program, ranks
+from mergekit_cl.formula import LEAVES, ROW_OPERATIONS, Program, ranks
 from mergekit_cl.kernels import BLOCK, Array, Formula, MatrixFormula, Slices, Table
 from mergekit_cl.kernels.numpy.tiles import hashes_from, round_, round_any, widen
 
@@ -149,10 +150,12 @@ class Evaluator:
 
     def __init__(self, program: Program, compute: np.dtype[Any]) -> None:
         self.program, self.compute = program, compute
-        self._shape: tuple[int, ...] = ()
-        self._free: dict[tuple[str, tuple[int, ...]], list[Array]] = {}
-        self._held: list[Array] = []
         self._bits = np.dtype(f"i{compute.itemsize}")
+        self._plans: dict[tuple[int, ...], list[tuple[int, Callable[..., Any], tuple[int, ...], Array | None]]] = {}
+        self._masks: dict[tuple[int, ...], tuple[Array, Array]] = {}
+        self._leaves = [
+            (number, name, arguments[0]) for number, (name, arguments) in enumerate(program.operations) if name in LEAVES
+        ]
 
     def __call__(
         self,
@@ -163,66 +166,76 @@ class Evaluator:
         numbers: Sequence[Array],
     ) -> list[Array]:
         """Return the outputs of a tile of ``shape``, [entries] or [slices, entries]; overwritten by the next call."""
-        program = self.program
         leaves: dict[str, Any] = {"input": inputs, "constant": constants, "uniform": uniform, "number": numbers}
+        values: list[Any] = [None] * len(self.program.operations)
+        for number, leaf, k in self._leaves:
+            values[number] = leaves[leaf][k]
+        if shape not in self._plans:
+            if len(self._plans) > 1:  # whole tiles, and the rest of a row
+                self._plans, self._masks = {}, {}
+            self._plans[shape] = self._plan(shape)
+        for number, operation, arguments, out in self._plans[shape]:
+            values[number] = operation(*[values[argument] for argument in arguments], out=out)
+        return [values[output] for output in self.program.outputs]
+
+    def _plan(self, shape: tuple[int, ...]) -> list[tuple[int, Callable[..., Any], tuple[int, ...], Array | None]]:
+        """List the operations, with the function that carries out each, and the buffer that takes its values."""
+        program = self.program
         small = (*shape[:-1], 1)
-        if shape != self._shape:
-            self._shape, self._free, self._held = shape, {}, []
-        for array in self._held:
-            self._give(array)
-        values: list[Any] = []
-        owned: dict[int, Array] = {}
+        steps: list[tuple[int, Callable[..., Any], tuple[int, ...], Array | None]] = []
+        free: dict[tuple[bool, bool], list[Array]] = {}
+        owned: dict[int, tuple[tuple[bool, bool], Array]] = {}
         for number, (name, arguments) in enumerate(program.operations):
-            if name in leaves:
-                values.append(leaves[name][arguments[0]])
+            if name in LEAVES:
                 continue
-            given = [values[argument] for argument in arguments]
             if program.kinds[number] == "constant":
-                values.append(self._compute(name, given, None, shape[-1]))
+                steps.append((number, partial(self._constant, name), arguments, None))
                 continue
-            kind = "bool" if program.truths[number] else self.compute.name
-            out = owned[number] = self._buffer(kind, shape if program.kinds[number] == "entry" else small)
-            values.append(self._compute(name, given, out, shape[-1]))
+            kind = program.truths[number], program.kinds[number] == "entry"
+            spare = free.setdefault(kind, [])
+            out = spare.pop() if spare else np.empty(shape if kind[1] else small, bool if kind[0] else self.compute)
+            owned[number] = kind, out
+            steps.append((number, self._function(name, shape[-1]), arguments, out))
             for argument in set(arguments):
                 if program.last_uses[argument] == number and argument in owned:
-                    self._give(owned.pop(argument))
-        self._held = list(owned.values())
-        return [values[output] for output in program.outputs]
+                    was, buffer = owned.pop(argument)
+                    free.setdefault(was, []).append(buffer)
+        return steps
 
-    def _compute(self, name: str, arguments: list[Any], out: Array | None, length: int) -> Any:
-        """Carry out an operation; into ``out`` where it has entries."""
+    def _function(self, name: str, length: int) -> Callable[..., Any]:
+        """Return what carries out an operation, called with its arguments and ``out``."""
         if name in ROW_OPERATIONS:
-            return self._over_row(name, arguments[0], cast(Array, out), length)
+            return partial(self._over_row, name, length)
+        if name in ("max", "min"):
+            return partial(self._extreme, name)
+        if name == "where":
+            return self._select
+        return _number if name == "float" else _FUNCTIONS[name]
+
+    def _constant(self, name: str, *arguments: Any, out: None) -> Any:
+        """Compute a number from numbers."""
+        del out
         if name == "where":
             condition, yes, no = arguments
-            if out is None:
-                return yes if condition else no
-            return self._select(condition, yes, no, out)
+            return yes if condition else no
         if name == "float":
-            if out is None:
-                return self.compute.type(arguments[0])
-            np.copyto(out, arguments[0], casting="unsafe")
-            return out
+            return self.compute.type(arguments[0])
         if name in ("max", "min"):
-            return self._extreme(name, arguments, out)
-        function = _FUNCTIONS[name]
-        if out is None:
-            result = function(*arguments)
-            return result if isinstance(result, np.bool_) else self.compute.type(result)
-        return function(*arguments, out=out)
+            return self._extreme(name, *arguments, out=np.empty((), self.compute))[()]
+        result = _FUNCTIONS[name](*arguments)
+        return result if isinstance(result, np.bool_) else self.compute.type(result)
 
-    def _extreme(self, name: str, arguments: list[Any], out: Array | None) -> Any:
+    def _extreme(self, name: str, *arguments: Any, out: Array) -> Array:
         """Take the larger or smaller; 0 is larger than -0, for which NumPy's choice is up to the processor."""
-        result = np.asarray(_FUNCTIONS[name](*arguments, out=out), self.compute)
-        doubtful = self._buffer("bool", result.shape)
-        np.equal(result, 0, out=doubtful)
+        _FUNCTIONS[name](*arguments, out=out)
+        doubtful = self._mask(out.shape)[1]
+        np.equal(out, 0, out=doubtful)
         if doubtful.any():
             doubtful &= np.equal(*arguments)
             one, other = (np.asarray(value, self.compute).view(self._bits) for value in arguments)
             both = one & other if name == "max" else one | other
-            np.copyto(result.view(self._bits), both, where=doubtful)
-        self._give(doubtful)
-        return result if out is not None else result[()]
+            np.copyto(out.view(self._bits), both, where=doubtful)
+        return out
 
     def _select(self, condition: Any, yes: Any, no: Any, out: Array) -> Array:
         """Choose by the bits of numbers: a masked copy takes several times as long."""
@@ -233,7 +246,7 @@ class Evaluator:
         if np.ndim(condition) == 0:
             np.copyto(out, yes if condition else no)
             return out
-        mask = self._buffer(self._bits.name, out.shape)
+        mask = self._mask(out.shape)[0]
         np.copyto(mask, condition)
         np.negative(mask, out=mask)
         bits = out.view(self._bits)
@@ -241,10 +254,15 @@ class Evaluator:
         np.bitwise_xor(one, other, out=bits)
         np.bitwise_and(bits, mask, out=bits)
         np.bitwise_xor(bits, other, out=bits)
-        self._give(mask)
         return out
 
-    def _over_row(self, name: str, values: Array, out: Array, length: int) -> Array:
+    def _mask(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Return scratch of a shape: integers, and truths."""
+        if shape not in self._masks:
+            self._masks[shape] = np.empty(shape, self._bits), np.empty(shape, bool)
+        return self._masks[shape]
+
+    def _over_row(self, name: str, length: int, values: Array, out: Array) -> Array:
         if name == "length":
             out[...] = length
         elif np.ndim(values) == 0 or values.shape[-1] != length:  # the same for all entries of a slice
@@ -263,12 +281,10 @@ class Evaluator:
                 out[...] = np.where(out == 0, np.where(found, zero, -zero), out)
         return out
 
-    def _buffer(self, dtype: str, shape: tuple[int, ...]) -> Array:
-        free = self._free.get((dtype, shape))
-        return free.pop() if free else np.empty(shape, dtype)
 
-    def _give(self, array: Array) -> None:
-        self._free.setdefault((array.dtype.name, array.shape), []).append(array)
+def _number(truth: Array, out: Array) -> Array:
+    np.copyto(out, truth, casting="unsafe")
+    return out
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

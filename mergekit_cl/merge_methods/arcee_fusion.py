@@ -47,7 +47,7 @@ def arcee_fusion(scope: Scope) -> Steps:
 
 def _softmax(values: Values) -> Values:
     powers = np.exp(values - np.max(values, axis=-1, keepdims=True))
-    return powers / np.sum(powers, axis=-1, keepdims=True)
+    return powers * (1 / np.sum(powers, axis=-1, keepdims=True))
 
 
 def _divergence(base: Values, models: list[Values]) -> Values:
