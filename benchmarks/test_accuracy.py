@@ -70,8 +70,8 @@ def test_error(benchmark: BenchmarkFixture, models: list[Array], name: str) -> N
     count, based, parameters, theirs = CASES[name]
     base, tuned = models[0] if based else None, models[1 : 1 + count]
     wide = [model.astype(np.float64) for model in tuned]
-    beside = dict.fromkeys(methods()[name].companions, models[:count])
-    wide_beside = {p: [model.astype(np.float64) for model in given] for p, given in beside.items()}
+    beside: dict[str, Any] = dict.fromkeys(methods()[name].companions, models[:count])
+    wide_beside: dict[str, Any] = {p: [model.astype(np.float64) for model in given] for p, given in beside.items()}
     wide_base = None if base is None else base.astype(np.float64)
     exact = merge(wide, name, base=wide_base, backend="numpy", **parameters, **wide_beside)
     ours = benchmark.pedantic(lambda: merge(tuned, name, base=base, **parameters, **beside))  # type: ignore[no-untyped-call]

@@ -197,7 +197,8 @@ def snippet(examples: Iterable[Example]) -> str:
     program = "\n".join(lines)
     imports = {"np": "import numpy as np", "torch": "import torch"}  # doctests have these
     needed = [line for name, line in imports.items() if re.search(rf"\b{name}\.", program) and line not in program]
-    return "\n".join([*needed, program])
+    given = [line for line in lines if line.startswith(("from ", "import "))]
+    return "\n".join([*needed, *given, "", *(line for line in lines if line not in given)])
 
 
 def _without_examples(block: str) -> str:

@@ -33,7 +33,7 @@ MODES: dict[str, list[dict[str, Any]]] = {
     "wsm": [{"decay": "cosine", "final_ratio": 0.1}, {"decay": "linear"}],
     "geometric_median": [{"weight": [0.7, 1.2, 0.4]}],
     "della": [
-        {"rescale": "l1", "seed": 3},
+        {"rescale": None, "seed": 3},
         {"elect": "unweighted", "combine": "count_mean", "weight": [0.7, -1.2, 0.4]},
         {"combine": "max", "rescale": None, "density": [1, 0, 0.4]},
     ],

@@ -258,6 +258,7 @@ Use [`slerp`](slerp.md).
 
 ```python
 import numpy as np
+
 x = np.arange(
     3
 )

@@ -63,7 +63,7 @@ def opcm(scope: Scope, *, alpha: Fraction = 0.5, merged: Annotated[int, Between(
     counts = np.array([merged] + [1] * (scope.models - 1), np.float64)
     gram = yield Gram(task_vectors=True)
     weights = np.sqrt(counts)
-    scale = _scale(norms(gram), counts, float(np.sqrt(max(0.0, weights @ gram @ weights))))
+    scale = _scale(norms(gram), counts, float(np.sqrt(max(0.0, float(weights @ gram @ weights)))))
     otherwise = Sum((scale * weights).tolist(), 1 - scale * float(weights.sum()))
     return PerMatrix(partial(changed, change=partial(_projected, alpha=alpha, counts=counts)), otherwise)
 

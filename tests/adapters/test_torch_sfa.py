@@ -432,7 +432,7 @@ def test_any_method_merges_the_anchor_and_the_present_weights(name: str) -> None
             by_hand.load_state_dict(merged)
     assert sfa.merges == 2
     assert equal(weights(model), weights(by_hand))
-    assert not equal(weights(model), anchor)
+    assert equal(weights(model), anchor) == (name == "arcee_fusion")  # of so few entries none stands out
 
 
 @pytest.mark.parametrize("name", ["task_arithmetic", "linear", "slerp", "ties"])
