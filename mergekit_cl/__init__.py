@@ -8,7 +8,7 @@ from mergekit_cl import merge_methods as _registers_the_built_in_methods  # noqa
 from mergekit_cl.api import merge
 from mergekit_cl.errors import BackendError, CheckpointError, MergeError, MismatchError, NonFiniteError, UnknownNameError
 from mergekit_cl.formula import difference, moved, ranks
-from mergekit_cl.registry import Advice, Between, Fraction, PerModel, Values, each, method, methods
+from mergekit_cl.registry import Advice, Between, Fraction, Models, PerModel, Values, each, method, methods
 from mergekit_cl.steps import (
     AtLeast,
     AtRandom,
@@ -45,6 +45,7 @@ __all__ = [
     "KthOf",
     "MergeError",
     "MismatchError",
+    "Models",
     "NonFiniteError",
     "PerMatrix",
     "PerModel",

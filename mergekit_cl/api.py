@@ -81,8 +81,8 @@ def merge(
         backend: "numpy", "numba", "triton", or "auto": numba on a CPU, triton on a GPU. All give the same bits.
         out_dtype: The dtype of all floating results: a name ("bfloat16"), or a dtype of any framework. Without it every
             result has the dtype that its tensor has in the first model (or in ``out``).
-        nonfinite: "error" refuses NaN and infinities in what is read, and results that overflow their dtype. "allow" lets
-            them through.
+        nonfinite: "error" refuses NaN and infinities in what is read, and results that overflow their dtype. "allow" merges
+            them like any number, whatever comes of it.
         seed: For methods with random masks: an integer.
         threads: Threads on the CPU; all processors by default. The result does not depend on it.
         progress: Whether to show a progress bar.
@@ -178,8 +178,13 @@ def prepare_files(
     companions: Mapping[str, Any] = {}
     with faults:
         chosen = find(method)
-        companions, parameters = companions_of(chosen, len(models), parameters)
-        Parameters(chosen, {name: value for name, value in parameters.items() if name != "scope"}, len(models))
+    if chosen is not None and chosen.companions:
+        with faults:
+            companions, parameters = companions_of(chosen, len(models), parameters)
+        faults.report()  # the rest would be about models that are missing
+    if chosen is not None:
+        with faults:
+            Parameters(chosen, {name: value for name, value in parameters.items() if name != "scope"}, len(models))
     with faults:
         opened = _open(models, base, None, companions)
     if chosen is not None:

@@ -292,6 +292,8 @@ def prepare_models(
         scope = {"scope": parameters["scope"]} if "scope" in parameters else {}
         recipe = recipe_of(method, [each.label for each in opened], planned, scope, out_dtype, seed, only, exclude)
     beside = companions_of(donor.origin, _dtype_of([planned]), {}, recipe, [each.label for each in opened], method.name)
+    if planned.companions and not target.suffix:
+        notes += (f"there is no recipe.yml: a recipe cannot say which models are {', '.join(planned.companions)}",)
     if opened and donor.origin is None and Path(target).suffix != ".safetensors":
         notes += (
             f"the result has weights alone: {labels[-1 if base is not None else 0]} is in memory, and has no config to copy",

@@ -1,6 +1,6 @@
 """Formulas bound to tensors: traced, or to be called; put together into what kernels take."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -53,7 +53,7 @@ def bind(plan: Plan, item: Item, step: WithFormula, compute: np.dtype[Any]) -> F
     """
     name = plan.method.name
     asked = getattr(step, "read", None)
-    read = tuple(range(plan.models) if asked is None else asked)
+    read = tuple(range(plan.models) if asked is None else asked if isinstance(asked, Iterable) else [asked])
     if not all(isinstance(k, int | np.integer) and 0 <= k < plan.models for k in read):
         raise MergeError(f"{name}: {type(step).__name__} reads models {list(read)}: their numbers are 0 to {plan.models - 1}")
     first = int(plan.has_base)
@@ -181,9 +181,11 @@ class _Call:
         except MergeError:
             raise
         except Exception as error:  # whatever a user's formula raises
-            advice = (
-                "; what it is given must not be written into: use x = x + y, or a copy" if "read-only" in str(error) else ""
-            )
+            advice = ""
+            if "read-only" in str(error):
+                advice = "; what it is given must not be written into: use x = x + y, or a copy"
+            if "broadcast" in str(error):
+                advice = "; a formula is called with parts of tensors, flattened, and must not depend on their shape"
             raise MergeError(f"{self.method}: its formula failed with {type(error).__name__}: {error}{advice}") from error
         return [self._fitted(each, inputs[0]) for each in outputs]
 

@@ -6,7 +6,7 @@ running it: see `cost`.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from doctest import DocTestParser, Example
@@ -299,7 +299,7 @@ def _watched(method: Method, steps: list[Any]) -> Method:
 
     def run(scope: Any, **parameters: Any) -> Any:
         steps.clear()
-        outcome = method(scope, **parameters)
+        outcome = method(scope, **{name: value for name, value in parameters.items() if name not in method.companions})
         if method.surveys:
             return relay(outcome)
         steps.append(outcome)
@@ -369,6 +369,7 @@ def _step(each: Pass, spent: Cost, method: Method, last: bool) -> str:
         inputs = f"{each.models} of {spent.models} models"
     else:
         inputs = "every model" if method.most is None else "the model" if each.models == 1 else "both models"
+    inputs += "".join(f", and its {name}" for name in method.companions)
     if each.base:
         inputs += " and, where there is one, the base" if method.base == "optional" else " and the base"
     often = {1: "once", 2: "twice"}.get(each.sweeps, f"{each.sweeps} times")
@@ -380,8 +381,7 @@ def _step(each: Pass, spent: Cost, method: Method, last: bool) -> str:
 def _modes(method: Method, usual: Cost) -> Iterable[tuple[str, Any, Cost]]:
     """Find the choices and flags that change what is read."""
     for parameter in method.parameters.values():
-        choices = parameter.choices or ((True, False) if parameter.type is bool else ())
-        for value in choices:
+        for value in _others(parameter):
             if value == parameter.default:
                 continue
             try:
@@ -390,6 +390,16 @@ def _modes(method: Method, usual: Cost) -> Iterable[tuple[str, Any, Cost]]:
                 continue
             if [replace(each, step="") for each in changed.passes] != [replace(each, step="") for each in usual.passes]:
                 yield parameter.name, value, changed
+
+
+def _others(parameter: Parameter) -> Sequence[Any]:
+    """List values that may change the cost: of a number whose default is an end of its range the middle."""
+    if parameter.choices or parameter.type is bool:
+        return parameter.choices or (True, False)
+    limits = parameter.range
+    if parameter.required or parameter.type is not float or limits is None or not np.isfinite([limits.low, limits.high]).all():
+        return ()
+    return ((limits.low + limits.high) / 2,) if parameter.default in (limits.low, limits.high) else ()
 
 
 def _mode(name: str, value: Any, changed: Cost, usual: Cost, any_number: bool) -> str:

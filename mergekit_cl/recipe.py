@@ -308,10 +308,11 @@ class _Reader:
             self.problems.append(f"merge_method: must be the name of a method, not {_shown(name)}")
         else:
             try:
-                self.method = find(name)
-                self.known = recipe_parameters(self.method)
-                if self.method.companions:
-                    needs = ", ".join(self.method.companions)
+                found = find(name)
+                if not found.companions:
+                    self.method, self.known = found, recipe_parameters(found)
+                else:
+                    needs = ", ".join(found.companions)
                     self.problems.append(
                         f"merge_method: {name} needs models as parameters ({needs}), which recipes do not have; use "
                         "mergekit-cl merge"

@@ -56,7 +56,10 @@ class _OfModels:
 
 
 Models: TypeAlias = Annotated[list[Any], _OfModels()]
-"""A parameter of a formula that is a model for each model, with the same tensors: the formula is given a list of `Values`."""
+"""A parameter that is a model for each model, with the same tensors: a formula is given a list of `Values` for it.
+
+A function of a scope is given ``None``, and the formula that it returns the list.
+"""
 
 Fraction: TypeAlias = Annotated[float, Between(0, 1)]
 """A number in [0, 1]."""
@@ -173,7 +176,7 @@ class Method:
     whole_model: bool = True
     """Whether a method that surveys can look at the whole model."""
     companions: dict[str, Parameter] = field(default_factory=dict)
-    """The parameters of a formula that are models, one for each model."""
+    """The parameters that are models, one for each model."""
     returns: Any = None
     """The type of what it returns, or yields surveys and returns, as annotated."""
     is_formula: bool = False
@@ -203,7 +206,7 @@ class Method:
         """Run the method's function."""
         if self.is_formula:
             return Elementwise(partial(self.function, **parameters))
-        return self.function(scope, **parameters)
+        return self.function(scope, **parameters, **dict.fromkeys(self.companions))
 
     def resolve(self, given: Mapping[str, object], models: int, without: Container[str] = ()) -> dict[str, Any]:
         """Check the parameters of a call, fill in the defaults, and return what the function is called with.
@@ -277,14 +280,18 @@ def method(
             raise TypeError(f'{where}: a formula takes (models, *, ...), or with base="required" (base, models, *, ...)')
         if is_formula and base == "optional":
             raise TypeError(f'{where}: the base of a formula is "required" or "unused"')
+        least, most = models
+        if base not in ("required", "optional", "unused") or least < 1 or (most is not None and most < least):
+            raise TypeError(f'{where}: base={base!r}, models={models}: base is "required", "optional" or "unused", and models '
+                            "the least and the greatest number")  # fmt: skip
         if not leading or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in declared):
             raise TypeError(f"{where}: its first parameter must be the scope, before the *; those of a formula base and models")
         parameters = {p.name: _read_parameter(p, hints, where) for p in declared[len(leading) if is_formula else 1 :]}
         surveys = inspect.isgeneratorfunction(function)
         orderless = is_formula or (not surveys and hints.get("return") is Sum)
         companions = {p.name: p for p in parameters.values() if p.of_models}
-        if companions and not is_formula:
-            raise TypeError(f"{where}: parameters that are models, {', '.join(companions)}, are for formulas")
+        if companions and surveys:
+            raise TypeError(f"{where}: parameters that are models, {', '.join(companions)}, are for formulas, without surveys")
         numbers = {name: parameter for name, parameter in parameters.items() if name not in companions}
         _methods[name] = Method(
             name,

@@ -11,7 +11,12 @@ from mergekit_cl.steps import Elementwise, KthOf, Scope, Steps, SumOf
 _EPSILON = 1e-8
 
 
-@method(paper="https://arcee.ai", base="required", models=(1, 1), whole_model=False)
+@method(
+    paper="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
+    base="required",
+    models=(1, 1),
+    whole_model=False,
+)
 def arcee_fusion(scope: Scope) -> Steps:
     """Take over the entries of a model whose importance stands out, by how far they moved and how much their row did.
 

@@ -48,8 +48,8 @@ def della(
     ``None`` leaves them.
 
     When to use:
-        As `dare_ties`, for task vectors that can spare many of their entries; its preference for large ones loses less at low
-        densities. With epsilon 0 it is `dare_ties`. Where the result must not depend on chance, use `ties`.
+        As `dare_ties`, for task vectors that can spare many of their entries: what is dropped is rather what is
+        small. With epsilon 0 and ``combine="sum"`` it is `dare_ties`. Where the result must not depend on chance, use `ties`.
 
     Args:
         density: The part of the entries that stays, on average over a row.

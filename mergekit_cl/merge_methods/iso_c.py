@@ -3,7 +3,17 @@
 from functools import partial, reduce
 from operator import add
 
-from mergekit_cl.merge_methods._matrices import Matrix, Parts, TaskMatrices, decorrelated, first, library, per_matrix, singular
+from mergekit_cl.merge_methods._matrices import (
+    NEGLIGIBLE,
+    Matrix,
+    Parts,
+    TaskMatrices,
+    decorrelated,
+    first,
+    library,
+    per_matrix,
+    singular,
+)
 from mergekit_cl.registry import Fraction, method
 from mergekit_cl.steps import PerMatrix, Scope
 
@@ -83,7 +93,18 @@ def iso_cts(scope: Scope, *, common_space_fraction: Fraction = 0.8, lambda_: flo
 
 
 def _common(tasks: TaskMatrices) -> Matrix:
-    return _isotropic(singular(reduce(add, tasks), tasks.zero))
+    return _isotropic(_sum(tasks))
+
+
+def _sum(tasks: TaskMatrices) -> Parts:
+    """Decompose the sum of the task matrices. What rounding left where they cancel has no directions.
+
+    The spectral norm of rounding errors in independent entries grows as the square root of the dimensions.
+    """
+    norm = library(tasks.base).linalg.norm
+    rows, columns = tasks.base.shape
+    rounding = float(norm(tasks.base)) * (max(rows, 1) ** -0.5 + max(columns, 1) ** -0.5) * len(tasks) ** 0.5 / NEGLIGIBLE
+    return singular(reduce(add, tasks), tasks.zero, size=max(rounding, *(float(norm(task)) for task in tasks)))
 
 
 def _common_and_own(tasks: TaskMatrices, fraction: float) -> Matrix:
@@ -91,7 +112,7 @@ def _common_and_own(tasks: TaskMatrices, fraction: float) -> Matrix:
     each = min(round((directions - int(directions * fraction)) / models), directions // models)
     if not each:
         return _common(tasks)
-    common = first(directions - models * each, singular(reduce(add, tasks), tasks.zero))
+    common = first(directions - models * each, _sum(tasks))
     own = [first(each, _rest(task, common[0], tasks.zero)) for task in tasks]
     return _isotropic(decorrelated([common, *own], tasks.zero))
 

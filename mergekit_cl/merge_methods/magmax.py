@@ -19,7 +19,7 @@ def magmax(base: Values, models: list[Values], *, lambda_: float = 1.0) -> Value
 
     When to use:
         After sequential fine-tuning, to keep of every task what it changed most. It needs no parameters but ``lambda_``, which
-        the paper chooses on validation data (0.5 is a common start). With models that were fine-tuned apart from each other,
+        the paper chooses on validation data. With models that were fine-tuned apart from each other,
         compare with `ties`.
 
     Args:

@@ -137,7 +137,7 @@ def test_modules_and_what_is_computed_in_training_code() -> None:
             model.zero_grad()
             model(torch.tensor(example)).sum().backward()
             for name, p in model.named_parameters():
-                total[name] += p.grad**2 / len(examples)  # type: ignore[operator]
+                total[name] += p.grad**2 / len(examples)
         information.append(total)
     assert [each["weight"].tolist() for each in information] == [[[1, 2]], [[5, 0]]]
     merged = merge(models, "fisher", fisher=information, floor=0)
@@ -275,6 +275,11 @@ def test_wrong_information(information: Any, message: str, tmp_path: Path) -> No
     with pytest.raises(MergeError, match=message):
         merge(MODELS, "fisher", out=tmp_path / "out.safetensors", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_information_is_none() -> None:
+    with pytest.raises(MergeError, match=r"fisher needs fisher: pass fisher=\[...\]"):
+        merge(MODELS, "fisher", fisher=None)
 
 
 def test_a_model_alone_may_have_its_information_alone() -> None:
