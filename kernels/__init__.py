@@ -213,6 +213,8 @@ class MatrixFormula:
         if tuple(getattr(result, "shape", ())) != self.shape:
             shape = tuple(getattr(result, "shape", ()))
             raise MergeError(f"{self.label}: its formula returned a result of shape {shape} for matrices of shape {self.shape}")
+        if getattr(result.dtype, "kind", "f") not in "fiub" or getattr(result.dtype, "is_complex", False):
+            raise MergeError(f"{self.label}: its formula returned {result.dtype}: it has to return real numbers")
         return result
 
 

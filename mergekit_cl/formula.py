@@ -24,6 +24,7 @@ _LOGIC = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor", "logic
 _ARITHMETIC = {"add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "negative": "neg", "absolute": "abs",
                "fabs": "abs", "sqrt": "sqrt", "maximum": "max", "minimum": "min", "sign": "sign",
                "copysign": "copysign"}  # fmt: skip
+_OF_TRUTHS = {"add": "or", "max": "or", "mul": "and", "min": "and"}
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ class _Tape:
             truth = all(self.truths[number] for number in rest)
             rest = rest if truth else [self.as_number(number) for number in rest]
             return Symbol(self, self.append(name, (self.as_truth(condition), *rest), truth))
-        if name in ("add", "mul") and all(self.truths[number] for number in numbers):  # as NumPy has it
-            return Symbol(self, self.append("or" if name == "add" else "and", tuple(numbers), truth=True))
+        if name in _OF_TRUTHS and all(self.truths[number] for number in numbers):  # as NumPy has it
+            return Symbol(self, self.append(_OF_TRUTHS[name], tuple(numbers), truth=True))
         return Symbol(self, self.append(name, tuple(map(self.as_number, numbers)), truth=name in _COMPARISONS.values()))
 
 
@@ -221,6 +222,8 @@ class Symbol(np.lib.mixins.NDArrayOperatorsMixin):
             raise UntraceableError("writes into what it was given")
         if self.tape.truths[result.number] != self.tape.truths[written.number]:
             raise UntraceableError("numbers in place of true or false")
+        if self.tape.entries[result.number] and not self.tape.entries[written.number]:
+            raise UntraceableError("entries in place of one number for a slice")
         written.number = result.number
         return written
 
@@ -377,6 +380,9 @@ def bound(program: Program, inputs: Interval, constants: Interval, numbers: Inte
             low, high = (np.where(np.isnan(each), limit, each) for each, limit in ((low, -np.inf), (high, np.inf)))
             known.append((low, high))
             largest = np.maximum(largest, np.maximum(np.abs(low), np.abs(high)))
+        for output in program.outputs:  # it may be a constant, or a number of a slice
+            most = np.maximum(*np.abs(known[output]))
+            largest = np.maximum(largest, np.where(np.isnan(most), np.inf, most))
     return largest
 
 
@@ -400,6 +406,9 @@ def _interval(name: str, of: list[Interval]) -> Interval:
         if name == "div":
             around_zero = (other_low <= 0) & (other_high >= 0)
             other_low, other_high = (np.where(around_zero, np.nan, 1 / each) for each in (other_high, other_low))
+        if name == "mul" and of[0] is of[1]:
+            least = np.where((low <= 0) & (high >= 0), 0, np.minimum(low * low, high * high))
+            return least, np.maximum(low * low, high * high)
         products = np.stack([low * other_low, low * other_high, high * other_low, high * other_high])
         return products.min(axis=0), products.max(axis=0)
     if name == "neg":
@@ -408,7 +417,7 @@ def _interval(name: str, of: list[Interval]) -> Interval:
         least = np.where((low <= 0) & (high >= 0), 0, np.minimum(np.abs(low), np.abs(high)))
         return least, np.maximum(np.abs(low), np.abs(high))
     if name == "sqrt":
-        return np.sqrt(np.maximum(low, 0)), np.sqrt(np.maximum(high, 0))
+        return np.sqrt(low), np.sqrt(high)  # NaN of what may be negative
     if name == "copysign":
         most = np.maximum(np.abs(low), np.abs(high))
         return -most, most

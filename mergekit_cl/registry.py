@@ -354,6 +354,12 @@ _RESERVED = frozenset(
         "threads",
         "progress",
         "scope",
+        "only",
+        "exclude",
+        "memory",
+        "shard_size",
+        "overwrite",
+        "verify",
     }
 )
 
@@ -376,4 +382,17 @@ def methods() -> dict[str, Method]:
     return dict(sorted(_methods.items()))
 
 
-__all__ = ["Advice", "Between", "Fraction", "Method", "Parameter", "PerModel", "Values", "each", "find", "method", "methods"]
+__all__ = [
+    "Advice",
+    "Between",
+    "Fraction",
+    "Method",
+    "Models",
+    "Parameter",
+    "PerModel",
+    "Values",
+    "each",
+    "find",
+    "method",
+    "methods",
+]

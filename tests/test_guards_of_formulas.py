@@ -779,3 +779,57 @@ def test_costs_of_models_beside_the_models_and_of_models_that_are_not_read() -> 
     spent = pages.cost(find("reads_two"))
     assert (spent.passes[0].models, spent.reads(12)) == (2, 3)
     assert "`second` (a list of models, one for each model; required)" in pages.page(find("beside"))
+
+
+# What a first version of the formulas got wrong
+
+
+@pytest.mark.parametrize("compute", [np.sqrt, lambda x: x**0.5, lambda x: np.inf, lambda x: np.nan])
+def test_what_is_not_finite_is_found_before_anything_is_written(compute: Callable[..., Any]) -> None:
+    formula("spoils", lambda models: compute(models[0]))
+    model = f32(4, -1)
+    with pytest.raises(NonFiniteError, match="finite inputs overflow float32"):
+        merge([model], "spoils", out=model)
+    assert model.tolist() == [4, -1]
+
+
+def test_a_number_of_a_row_that_is_the_result_and_infinite() -> None:
+    register(
+        "row_is_infinite",
+        lambda scope: Elementwise(lambda models, rows: rows[0], rows=[np.array([np.inf, 1])]),
+    )
+    model: Array = np.float32([[4], [-1]])
+    with pytest.raises(NonFiniteError, match="finite inputs overflow float32"):
+        merge([model], "row_is_infinite", out=model)
+    assert model.tolist() == [[4], [-1]]
+
+
+def test_the_larger_of_truths_is_a_truth() -> None:
+    formula("truths", lambda models: (np.maximum(models[0] > 0, models[0] > 1) + (models[0] > 2)) * models[0])
+    assert merge([f32(3, 1)], "truths").tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("compute", [lambda models: np.full(models[0].shape, "a"), lambda models: models[0] + 1j])
+def test_matrices_of_no_real_numbers(compute: Callable[..., Any]) -> None:
+    register("unreal", lambda scope: PerMatrix(compute, Sum([1.0])))
+    with pytest.raises(MergeError, match="it has to return real numbers"):
+        merge([np.ones((2, 2), np.float32)], "unreal")
+
+
+def test_entries_added_to_one_number_of_a_row() -> None:
+    def compute(models: list[Values]) -> Values:
+        most = np.max(models[0], axis=-1, keepdims=True)
+        most += models[0]
+        return most
+
+    register("into_a_row", lambda scope: PerRow(compute))
+    with pytest.raises(MergeError, match="broadcast"):
+        merge([np.ones((2, 3), np.float32)], "into_a_row")
+
+
+@pytest.mark.parametrize("name", ["only", "exclude", "memory", "overwrite", "verify", "shard_size"])
+def test_names_of_parameters_that_merge_has_itself(name: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def taken(models: list, *, {name}: float = 1.0):\n    'Test.'", space)
+    with pytest.raises(TypeError, match="belongs to merge"):
+        method(paper="")(space["taken"])

@@ -94,6 +94,17 @@ def test_a_model_of_weight_zero_has_no_part() -> None:
     models = [f32(1, 5), f32(3, 7), f32(1000, -1000)]
     merged = merge(models, "fisher", fisher=[*FISHER, f32(1e6, 1e6)], weight=[1, 1, 0])
     assert merged.tolist() == merge(MODELS, "fisher", fisher=FISHER).tolist()
+    first = merge([models[2], *MODELS], "fisher", fisher=[f32(1e6, 1e6), *FISHER], weight=[0, 1, 1])
+    assert first.tolist() == merged.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_counts_for_nothing_leaves_no_rounding_error(backend: str) -> None:
+    """Next to one of which all is known; 1e8 - (1e8 - 1) is 0 in float32."""
+    pairs = [(f32(1e8), f32(1e-6)), (f32(1), f32(1e12))]
+    for order in (pairs, pairs[::-1]):
+        models, information = zip(*order, strict=True)
+        assert merge(list(models), "fisher", fisher=list(information), backend=backend).tolist() == [1]
 
 
 def test_the_order_of_pairs_does_not_matter_and_that_of_models_alone_does() -> None:
