@@ -798,7 +798,7 @@ def test_a_number_of_a_row_that_is_the_result_and_infinite() -> None:
         "row_is_infinite",
         lambda scope: Elementwise(lambda models, rows: rows[0], rows=[np.array([np.inf, 1])]),
     )
-    model: Array = np.float32([[4], [-1]])
+    model = np.array([[4], [-1]], np.float32)
     with pytest.raises(NonFiniteError, match="finite inputs overflow float32"):
         merge([model], "row_is_infinite", out=model)
     assert model.tolist() == [[4], [-1]]
