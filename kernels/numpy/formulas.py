@@ -62,7 +62,7 @@ def sum_of(table: Table, formula: Formula, slices: Slices | None, pieces: Array)
     """See `mergekit_cl.kernels.Backend.sum_of`."""
     sums: list[Array] = []
     with np.errstate(all="ignore"):
-        size = BLOCK if slices is None else 2 * BLOCK  # large tiles: these are the formulas with exp and log, which numba leaves
+        size = BLOCK if slices is None else 2 * BLOCK  # large: numba leaves to NumPy what has exp and log in it
         for _, _, outputs, _ in _computed(table, formula, slices, pieces, size, len(table.dtypes)):
             added = np.array([output.sum(axis=-1, dtype=np.float64) for output in outputs])
             sums.append(added.T.reshape(-1, len(outputs)))
