@@ -221,6 +221,12 @@ def test_folders_get_the_files_of_the_first_model_and_no_recipe(tmp_path: Path) 
     assert not (tmp_path / "out" / "mergekit_config.yml").exists()
 
 
+@pytest.fixture(autouse=True)
+def no_memory_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line is not a process of its own here."""
+    monkeypatch.setattr("mergekit_cl.memory.anonymous_memory", lambda: 0)
+
+
 def run(*arguments: object) -> Any:
     return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, list(map(str, arguments)))
 
