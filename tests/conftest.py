@@ -1,6 +1,7 @@
 """Set up before any test: Triton's interpreter, eight JAX devices, hypothesis without a deadline."""
 
 import os
+import signal
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,3 +36,7 @@ def _numpy_in_doctests(doctest_namespace: dict[str, object]) -> None:
     except ImportError:
         return
     doctest_namespace["torch"] = torch
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; programs that tests start inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
