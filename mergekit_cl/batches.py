@@ -173,7 +173,7 @@ class _FormulaBatch(Batch):
 
 
 class _MatrixBatch(Batch):
-    """Rows of `PerMatrix`; the details are (function of the inputs, shape)."""
+    """Rows of `PerMatrix`; the details are `mergekit_cl.kernels.MatrixFormula`."""
 
     copied = False
     alone = True

@@ -292,11 +292,11 @@ def method(
         companions = {p.name: p for p in parameters.values() if p.of_models}
         if companions and surveys:
             raise TypeError(f"{where}: parameters that are models, {', '.join(companions)}, are for formulas, without surveys")
-        numbers = {name: parameter for name, parameter in parameters.items() if name not in companions}
+        others = {name: parameter for name, parameter in parameters.items() if name not in companions}
         _methods[name] = Method(
             name,
             function,
-            numbers,
+            others,
             base,
             *models,
             paper,

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors
 from mergekit_cl.kernels.numba import compiled, streaming
+from mergekit_cl.kernels.numba.buffers import patterns, tiles, windows
 from mergekit_cl.kernels.numba.formulas import elementwise, histogram_of, per_row, sum_of
 from mergekit_cl.kernels.numpy.formulas import per_matrix
 
@@ -23,8 +24,6 @@ _CODES = {
 }
 _KINDS = {"all": compiled.KEEP_ALL, "random": compiled.KEEP_RANDOM, "magnitude": compiled.KEEP_MAGNITUDE}
 _COMBINE = {"sum": compiled.SUM, "weight_mean": compiled.MEAN, "count_mean": compiled.MEAN, "max": compiled.MAX}
-_PAD = 160
-"""Elements between the buffers of a tile: processors confuse a store with a load from an address 4096 bytes on."""
 
 
 def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> npt.NDArray[np.bool_]:
@@ -49,7 +48,7 @@ def gram(table: Table, about: bool, pieces: Array) -> npt.NDArray[np.float64]:
     """See `mergekit_cl.kernels.Backend.gram`."""
     count = len(table.dtypes) - about
     sums = np.zeros((_blocks(pieces), count, count))
-    scratch, vectors = _tiles(2, table.compute), _tiles(count, np.float64)
+    scratch, vectors = tiles(2, table.compute), tiles(count, np.float64)
     compiled.gram(table.addresses, _codes(table), about, pieces, BLOCK, scratch, vectors, sums)
     return sums
 
@@ -58,8 +57,8 @@ def gram_of_slices(table: Table, about: bool, slices: Slices, pieces: Array) -> 
     """See `mergekit_cl.kernels.Backend.gram_of_slices`."""
     count = len(table.dtypes) - about
     sums = np.zeros((int((pieces[:, 2] - pieces[:, 1]).sum()), count, count))
-    scratch, vectors = _tiles(2, table.compute), _tiles(count, np.float64)
-    columns = _tiles(count * (count + 1) // 2, np.float64, compiled.COLUMNS)
+    scratch, vectors = tiles(2, table.compute), tiles(count, np.float64)
+    columns = tiles(count * (count + 1) // 2, np.float64, compiled.COLUMNS)
     compiled.gram_of_slices(
         table.addresses, _codes(table), about, *_lengths(table, slices), slices.strided, pieces, scratch, vectors, columns, sums
     )
@@ -72,7 +71,7 @@ def weighted_sum_of_slices(
     """See `mergekit_cl.kernels.Backend.weighted_sum_of_slices`."""
     nonfinite = np.zeros(len(table.spans), np.bool_)
     count = weights.shape[1]
-    scratch, spread = _tiles(count + 3, weights.dtype), _tiles(count, weights.dtype)
+    scratch, spread = tiles(count + 3, weights.dtype), tiles(count, weights.dtype)
     compiled.weighted_sum_of_slices(
         table.addresses, _codes(table), weights, references, slices.first(table), *_lengths(table, slices), slices.strided,
         pieces, scratch, spread, np.empty(compiled.SMALL, np.int64), nonfinite,
@@ -84,15 +83,11 @@ def magnitude_histogram(
     table: Table, low: Array, shift: Array, bins: int, wide: bool, groups: npt.NDArray[np.intp], pieces: Array
 ) -> npt.NDArray[np.int64]:
     """See `mergekit_cl.kernels.Backend.magnitude_histogram`."""
-    kind, top = _patterns(np.dtype(np.float64) if wide else table.compute)
-    shift = np.minimum(shift, 8 * kind.itemsize - 1).astype(kind)
-    end = kind.type(top + 1)
-    span = np.minimum(kind.type(min(bins, top + 1)), end >> shift) << shift
-    ways = compiled.WAYS if bins <= compiled.FEW_BINS else 1
+    low, span, shift, ways = windows(low, shift, bins, np.dtype(np.float64) if wide else table.compute)
     counts = np.zeros((int(groups.max(initial=-1)) + 1, len(table.dtypes) - 1, ways, bins + 2), np.int64)
     compiled.magnitude_histogram(
-        table.addresses, _codes(table), np.minimum(low, top).astype(kind), span, shift, groups, pieces,
-        _tiles(2, table.compute), np.empty(compiled.SMALL, kind), _marks()[0], *_marks(), counts,
+        table.addresses, _codes(table), low, span, shift, groups, pieces,
+        tiles(2, table.compute), np.empty(compiled.SMALL, low.dtype), _marks()[0], *_marks(), counts,
     )  # fmt: skip
     return counts.sum(axis=2) if ways > 1 else counts[:, :, 0]
 
@@ -102,8 +97,8 @@ def kept_magnitude(table: Table, keep: Keep, pieces: Array) -> npt.NDArray[np.fl
     models = len(table.dtypes) - 1
     sums = np.zeros((_blocks(pieces), models, 2))
     compiled.kept_magnitude(
-        table.addresses, _codes(table), *_kept(keep, table.compute), pieces, BLOCK, _tiles(2, table.compute),
-        _tiles(2, np.float64), *_hashes(), sums,
+        table.addresses, _codes(table), *_kept(keep, table.compute), pieces, BLOCK, tiles(2, table.compute),
+        tiles(2, np.float64), *_hashes(), sums,
     )  # fmt: skip
     return sums
 
@@ -116,7 +111,7 @@ def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDAr
     shares = np.ones_like(how.scales) if how.combine == "count_mean" else how.shares
     compiled.task_vector_merge(
         table.addresses, _codes(table), *_kept(how.keep, compute), how.elect is not None, _COMBINE[how.combine], how.scales,
-        votes, shares, how.factors, pieces, _tiles(models + 4, compute), *_hashes(), nonfinite,
+        votes, shares, how.factors, pieces, tiles(models + 4, compute), *_hashes(), nonfinite,
     )  # fmt: skip
     return nonfinite
 
@@ -133,14 +128,6 @@ def _lengths(table: Table, slices: Slices) -> tuple[Array, Array]:
     return slices.lengths, slices.counts(table)
 
 
-def _tiles(count: int, dtype: npt.DTypeLike, length: int = compiled.SMALL) -> Array:
-    """Make buffers for tiles, aligned to what a vector register holds."""
-    size = (length + _PAD) * np.dtype(dtype).itemsize
-    memory = np.empty(count * size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + count * size].view(dtype).reshape(count, -1)
-
-
 def _hashes() -> tuple[Array, Array, Array]:
     """Make buffers for the hashes of a tile, two in each, and `_marks`."""
     return np.empty(compiled.SMALL // 2, np.uint64), *_marks()
@@ -151,11 +138,6 @@ def _marks() -> tuple[Array, Array]:
     return np.empty(compiled.SMALL // compiled.WORD, np.uint64), np.empty(compiled.SMALL + 4, np.uint32)
 
 
-def _patterns(compute: np.dtype[Any]) -> tuple[np.dtype[Any], int]:
-    """Return the unsigned type of patterns, and a number that is above all of them."""
-    return (np.dtype(np.uint32), 2**31 - 1) if compute == np.float32 else (np.dtype(np.uint64), 2**63 - 1)
-
-
 def _kept(keep: Keep, compute: np.dtype[Any]) -> tuple[int, Array, Array, Array]:
     """Return how to carry out a `Keep`: its kind, edges, limits, keys.
 
@@ -163,7 +145,7 @@ def _kept(keep: Keep, compute: np.dtype[Any]) -> tuple[int, Array, Array, Array]
     the hash decides, compared with ``limits`` uint32 [rows, K, 2]; for "random" the first limit is
     0 if the hash does not matter.
     """
-    kind, top = _patterns(compute)
+    kind, top = patterns(compute)
     never = kind.type(2 * top + 1)
     edges = np.full((*keep.keys.shape[:2], 4), never)
     edges[..., 0] = 0

@@ -13,7 +13,8 @@ from numba.extending import intrinsic
 from mergekit_cl.dtypes import type_of
 from mergekit_cl.formula import Program
 from mergekit_cl.kernels import BLOCK, Array, Formula, Slices, Table
-from mergekit_cl.kernels.numba import compiled, programs
+from mergekit_cl.kernels.numba import programs
+from mergekit_cl.kernels.numba.buffers import tiles, windows
 from mergekit_cl.kernels.numba.compiled import (
     SMALL,
     WORD,
@@ -37,9 +38,6 @@ LEAST = 1 << 14
 
 STREAMED = 1 << 22
 """Elements in a table from which on results are written past the caches."""
-
-_PAD = 160
-"""Elements between buffers; see `mergekit_cl.kernels.numba`."""
 
 
 def elementwise(table: Table, formula: Formula, pieces: Array) -> npt.NDArray[np.bool_]:
@@ -94,16 +92,12 @@ def histogram_of(
     code = _code(table.dtypes, formula.compute.name, table, formula)
     if code is None:
         return oracle.histogram_of(table, formula, slices, low, shift, bins, wide, groups, pieces)
-    double = wide or formula.compute == np.float64
-    kind, top = (np.dtype(np.uint64), 2**63 - 1) if double else (np.dtype(np.uint32), 2**31 - 1)
-    shift = np.minimum(shift, 8 * kind.itemsize - 1).astype(kind)
-    span = np.minimum(kind.type(min(bins, top + 1)), kind.type(top + 1) >> shift) << shift
-    ways = compiled.WAYS if bins <= compiled.FEW_BINS else 1
+    low, span, shift, ways = windows(low, shift, bins, np.dtype(np.float64) if wide else formula.compute)
     counts = np.zeros((int(groups.max(initial=-1)) + 1, low.shape[1], ways, bins + 2), np.int64)
     step = SMALL if slices is None else int(slices.lengths.max(initial=0))
     _count[len(code.ranked) > 0](
-        _work(table, formula, slices, len(table.dtypes), code, step), step, np.minimum(low, top).astype(kind), span, shift,
-        groups, pieces, _tiles(2, formula.compute, SMALL), np.empty(SMALL, kind), _bits(), _bits(),
+        _work(table, formula, slices, len(table.dtypes), code, step), step, low, span, shift,
+        groups, pieces, tiles(2, formula.compute, SMALL), np.empty(SMALL, low.dtype), _bits(), _bits(),
         np.empty(SMALL + 4, np.uint32), counts,
     )  # fmt: skip
     return counts.sum(axis=2) if ways > 1 else counts[:, :, 0]
@@ -159,8 +153,8 @@ def _work(table: Table, formula: Formula, slices: Slices | None, inputs: int, co
         lengths=_plain(slices.lengths, np.int64) if slices is not None else none,
         stages=code.stages,
         ranked=code.ranked,
-        hashes=_tiles(uniforms, np.uint64, step // 2 if uniforms else 0),
-        ranks=_tiles(ranks, compute, step if ranks else 0),
+        hashes=tiles(uniforms, np.uint64, step // 2 if uniforms else 0),
+        ranks=tiles(ranks, compute, step if ranks else 0),
         sorting=room(step if ranks else 0, compute),
         streams=np.zeros(inputs + uniforms + ranks + len(program.outputs), np.int64),
         scalars=np.zeros(code.scalars, compute),
@@ -175,14 +169,6 @@ def _plain(array: Array, dtype: npt.DTypeLike) -> Array:
 
 def _bits() -> Array:
     return np.empty(SMALL // WORD, np.uint64)
-
-
-def _tiles(count: int, dtype: npt.DTypeLike, length: int) -> Array:
-    """Make buffers that begin at a line of the cache, with room behind for the end of a vector; see `_PAD` of the package."""
-    size = -(-(length + _PAD) * np.dtype(dtype).itemsize // 64) * 64
-    memory = np.zeros(count * size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + count * size].view(dtype).reshape(count, size // np.dtype(dtype).itemsize)
 
 
 @intrinsic

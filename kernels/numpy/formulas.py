@@ -99,7 +99,6 @@ def _computed(
 
     The outputs are overwritten by those of the next tile.
     """
-    run: Callable[..., Sequence[Array]]
     evaluator = Evaluator(formula.program, formula.compute) if formula.program is not None else None
     buffers = [np.empty(0, formula.compute) for _ in range(inputs)]
     first = slices.first(table) if slices is not None else None
@@ -123,10 +122,7 @@ def _computed(
         if evaluator is not None:
             outputs = evaluator(shape, shaped, formula.constants[row], uniform, numbers)
         else:
-            for array in shaped:
-                array.flags.writeable = False
-            run = formula.functions[row]
-            outputs = run(shaped, uniform, numbers)
+            outputs = formula.functions[row](shaped, uniform, numbers)
         yield row, tile, [np.broadcast_to(output, shape) for output in outputs], finite
 
 

@@ -129,3 +129,15 @@ def _any_nonfinite(x):
     else:
         infinity = 0x7F80
     return _largest(x) >= infinity
+
+
+@triton.jit
+def _count(pattern, nonfinite, inside, window_ptr, counts_ptr, BINS: tl.constexpr):
+    """Add a block's patterns to a histogram: BINS bins, what is above them, and what is not finite."""
+    bins = (pattern.to(tl.int64) - tl.load(window_ptr)) >> tl.load(window_ptr + 1)
+    above = tl.sum((inside & (bins >= BINS)).to(tl.int32), axis=0)
+    tl.atomic_add(counts_ptr + bins, 1, mask=inside & (bins >= 0) & (bins < BINS), sem="relaxed")
+    if above > 0:
+        tl.atomic_add(counts_ptr + BINS, above.to(tl.int64), sem="relaxed")
+    if nonfinite > 0:
+        tl.atomic_add(counts_ptr + BINS + 1, nonfinite.to(tl.int64), sem="relaxed")

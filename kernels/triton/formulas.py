@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mergekit_cl.formula import Program
-from mergekit_cl.kernels.triton.blocks import _divide, _infinity, _load, _locate, _magnitude, _narrow, _pointers, _widen
+from mergekit_cl.kernels.triton.blocks import _count, _divide, _infinity, _load, _locate, _magnitude, _narrow, _pointers, _widen
 from mergekit_cl.kernels.triton.task_vectors import _hash
 
 MOST_OPERATIONS = 500
@@ -238,14 +238,7 @@ def _histogram_block(
     pattern = tl.minimum(_magnitude(value), _infinity(value))
     nonfinite = tl.sum((inside & (pattern == _infinity(value))).to(tl.int32), axis=0)
     for k in tl.static_range(WINDOWS):
-        window_ptr = counts_ptr + k * (BINS + 2)
-        bins = (pattern.to(tl.int64) - tl.load(windows_ptr + 2 * k)) >> tl.load(windows_ptr + 2 * k + 1)
-        above = tl.sum((inside & (bins >= BINS)).to(tl.int32), axis=0)
-        tl.atomic_add(window_ptr + bins, 1, mask=inside & (bins >= 0) & (bins < BINS), sem="relaxed")
-        if above > 0:
-            tl.atomic_add(window_ptr + BINS, above.to(tl.int64), sem="relaxed")
-        if nonfinite > 0:
-            tl.atomic_add(window_ptr + BINS + 1, nonfinite.to(tl.int64), sem="relaxed")
+        _count(pattern, nonfinite, inside, windows_ptr + 2 * k, counts_ptr + k * (BINS + 2), BINS)
 
 
 @triton.jit

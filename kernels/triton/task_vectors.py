@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from mergekit_cl.kernels.triton.blocks import (
+    _count,
     _difference,
     _divide,
     _infinity,
@@ -148,14 +149,7 @@ def _magnitude_histogram_block(
             d = d.to(tl.float64)
         pattern = tl.minimum(_magnitude(d), _infinity(d))
         nonfinite = tl.sum((pattern == _infinity(d)).to(tl.int32), axis=0)
-        bins = (pattern.to(tl.int64) - tl.load(windows_ptr + 2 * k)) >> tl.load(windows_ptr + 2 * k + 1)
-        above = tl.sum((inside & (bins >= BINS)).to(tl.int32), axis=0)
-        model_ptr = counts_ptr + k * (BINS + 2)
-        tl.atomic_add(model_ptr + bins, 1, mask=inside & (bins >= 0) & (bins < BINS), sem="relaxed")
-        if above > 0:
-            tl.atomic_add(model_ptr + BINS, above.to(tl.int64), sem="relaxed")
-        if nonfinite > 0:
-            tl.atomic_add(model_ptr + BINS + 1, nonfinite.to(tl.int64), sem="relaxed")
+        _count(pattern, nonfinite, inside, windows_ptr + 2 * k, counts_ptr + k * (BINS + 2), BINS)
 
 
 @triton.jit

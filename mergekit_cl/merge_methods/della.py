@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from math import fsum
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +12,15 @@ from mergekit_cl.formula import difference, moved, ranks
 from mergekit_cl.merge_methods._consensus import consensus
 from mergekit_cl.merge_methods._trim import Combining, Electing, Rescale
 from mergekit_cl.merge_methods.linear import normalized
-from mergekit_cl.registry import Advice, Fraction, PerModel, Values, each, method
+from mergekit_cl.registry import Fraction, PerModel, Values, each, method
 from mergekit_cl.steps import Combine, Consensus, Elect, PerRow, Scope, Steps, SumOf
-
-Density: TypeAlias = Annotated[PerModel[Fraction], Advice("the paper keeps between 0.1 and 0.5")]
 
 
 @method(paper="https://arxiv.org/abs/2406.11617", base="required")
 def della(
     scope: Scope,
     *,
-    density: Density,
+    density: PerModel[Fraction],
     epsilon: PerModel[Fraction] = each(0.15),
     weight: PerModel[float] = each(1.0),
     rescale: Rescale = "inverse_density",
@@ -76,7 +74,7 @@ def della(
 def della_linear(
     scope: Scope,
     *,
-    density: Density,
+    density: PerModel[Fraction],
     epsilon: PerModel[Fraction] = each(0.15),
     weight: PerModel[float] = each(1.0),
     rescale: Rescale = "inverse_density",

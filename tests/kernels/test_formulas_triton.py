@@ -683,49 +683,14 @@ def test_compiled_subnormals_are_not_flushed(found: Found) -> None:
 
 def compile_all(folder: Path) -> None:
     """Compile every case for every target, by the launches themselves, and write what came out to ``folder``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+    from compiling import compile_instead  # type: ignore[import-not-found]  # beside this file, which is the program
 
     found: Found = []
-    binary = folder / "cubin"
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-    class Driver:
-        """As much of a GPU's driver as a kernel that is only compiled asks for."""
-
-        def get_current_target(self) -> Any:
-            return GPUTarget(*TARGETS[found[-1]["target"]])
-
-        def get_current_device(self) -> str:
-            return cast(str, found[-1]["target"])
-
-        def get_current_stream(self, device: str) -> int:
-            return 0
-
-    class Compiled:
-        """A kernel that compiles what it would launch."""
-
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*arguments: Any, **options: Any) -> None:
-                kernel = self.kernel.warmup(*arguments, grid=grid, **options)
-                found[-1]["tile"] = options.get("TILE") or options["BLOCK"]
-                if "cubin" in kernel.asm:
-                    binary.write_bytes(kernel.asm["cubin"])
-                    dump = subprocess.run([cuobjdump, "-res-usage", "-sass", binary], check=True, capture_output=True)
-                    found[-1] |= {"ptx": kernel.asm["ptx"], "dump": dump.stdout.decode()}
-                else:
-                    found[-1]["gcn"] = kernel.asm["amdgcn"]
-
-            return launch
-
-    launcher: Any = backend
-    launcher._device = lambda table: torch.device("cpu")
-    triton.runtime.driver.set_active(Driver())
-    for name in ("_elementwise_kernel", "_sum_of_kernel", "_histogram_of_kernel"):
-        setattr(formulas, name, Compiled(getattr(formulas, name)))
+    kernels = [(formulas, name) for name in ("_elementwise_kernel", "_sum_of_kernel", "_histogram_of_kernel")]
+    compile_instead(
+        backend, kernels, found, TARGETS, folder / "cubin",
+        lambda kernel, arguments, options: {"tile": options.get("TILE") or options["BLOCK"]},
+    )  # fmt: skip
     for (name, kernel, dtypes, function, uniform), target in COMPILED:
         found.append({"name": name, "kernel": kernel, "dtypes": dtypes, "target": target})
         table = Table([[torch.zeros(4096, dtype=getattr(torch, dtype)) for dtype in dtypes]])

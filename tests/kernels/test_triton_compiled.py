@@ -179,8 +179,7 @@ def compile_all(folder: Path) -> None:
     """Compile every case for every target, by the launches themselves, and write what came out to ``folder``."""
     import numpy as np
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
+    from compiling import compile_instead  # type: ignore[import-not-found]  # beside this file, which is the program
 
     from mergekit_cl.dtypes import compute_dtype
     from mergekit_cl.errors import BackendError
@@ -188,51 +187,21 @@ def compile_all(folder: Path) -> None:
     from mergekit_cl.kernels import triton as backend
 
     found: Found = []
-    binary = folder / "cubin"
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-    class Driver:
-        """As much of a GPU's driver as a kernel that is only compiled asks for."""
-
-        def get_current_target(self) -> Any:
-            return GPUTarget(*TARGETS[found[-1]["target"]])
-
-        def get_current_device(self) -> str:
-            return cast(str, found[-1]["target"])
-
-        def get_current_stream(self, device: str) -> int:
-            return 0
-
-    class Compiled:
-        """A kernel that compiles what it would launch."""
-
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*arguments: Any, **options: Any) -> None:
-                kernel = self.kernel.warmup(*arguments, grid=grid, **options)
-                found[-1]["aligned"] = arguments[1][:, 3].tolist()
-                found[-1]["sums"] = kernel.asm["ttgir"].count('"tt.reduce"')
-                found[-1]["tile"] = options.get("TILE") or options.get("BLOCK") or options["ROWS"] * options["COLUMNS"]
-                if "cubin" in kernel.asm:
-                    binary.write_bytes(kernel.asm["cubin"])
-                    dump = subprocess.run([cuobjdump, "-res-usage", "-sass", binary], check=True, capture_output=True)
-                    found[-1] |= {"ptx": kernel.asm["ptx"], "dump": dump.stdout.decode()}
-                else:
-                    found[-1]["gcn"] = kernel.asm["amdgcn"]
-
-            return launch
+    def facts(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "aligned": arguments[1][:, 3].tolist(),
+            "sums": kernel.asm["ttgir"].count('"tt.reduce"'),
+            "tile": options.get("TILE") or options.get("BLOCK") or options["ROWS"] * options["COLUMNS"],
+        }
 
     try:
         backend._device(Table([[np.zeros(3)]]))
     except BackendError as error:
         refusal = str(error)
-    backend._device = lambda table: torch.device("cpu")
-    triton.runtime.driver.set_active(Driver())
-    for module in (backend.compiled, backend.slicing, backend.task_vectors):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Compiled(getattr(module, name)))
+    modules = (backend.compiled, backend.slicing, backend.task_vectors)
+    kernels = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
+    compile_instead(backend, kernels, found, TARGETS, folder / "cubin", facts)
     pieces = np.array([[0, 0, 2048], [0, 2048, 4096], [1, 0, 100], [0, 3, 100], [0, 16, 100]])
 
     def launch(kernel: str, dtypes: tuple[str, ...], how: Any) -> None:
