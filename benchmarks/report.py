@@ -130,6 +130,48 @@ def _growth_columns(row: Row) -> dict[str, str]:
     }
 
 
+def _term_columns(row: Row) -> dict[str, str]:
+    """Show what a penalty adds to a step of training, and the same penalty in the loss."""
+    seconds, temporary = row["seconds"], row["temporary"]
+    return {
+        **_case(row),
+        "its term, times as fast as in the loss": _ratio(seconds["its term"], seconds["our term"]),
+        "its term, part of a plain step": _part(seconds["our term"], seconds["plain"]),
+        "in the loss": _part(seconds["its term"], seconds["plain"]),
+        "the step, beyond a plain one": _part(seconds["ours"], seconds["plain"], 1),
+        "with it in the loss": _part(seconds["in the loss"], seconds["plain"], 1),
+        "kept, MB": f"{row['kept'] / 1e6:.1f}",
+        "temporary, MB": f"{temporary['ours'] / 1e6:.1f}",
+        "temporary in the loss, MB": f"{temporary['in the loss'] / 1e6:.1f}",
+        **{f"{name}, s": _seconds(seconds[name]) for name in ("plain", "our term", "its term")},
+    }
+
+
+def _sfa_columns(row: Row) -> dict[str, str]:
+    """Show what the merges of a run take, spread over its steps."""
+    seconds, merges, steps = row["seconds"], row["merges"], row["case"]["steps of the run"]
+    both = zip(seconds["merge"], seconds["count"], strict=True)
+    spread = tuple((merges * merge + (steps - merges) * count) / steps for merge, count in both)
+    return {
+        **_case(row),
+        "merges": str(merges),
+        "part of a plain run": _part((spread[0], spread[1]), seconds["plain"]),
+        "kept, MB": f"{row['kept'] / 1e6:.1f}",
+        "temporary, MB": f"{row['temporary']['ours'] / 1e6:.1f}",
+        **{f"{name}, s": _seconds(times) for name, times in seconds.items()},
+    }
+
+
+def _rehearsal_columns(row: Row) -> dict[str, str]:
+    seconds = row["seconds"]
+    return {
+        **_case(row),
+        "the step, beyond a plain one": _part(seconds["ours"], seconds["plain"], 1),
+        "kept, MB": f"{row['kept'] / 1e6:.1f}",
+        **{f"{name}, s": _seconds(times) for name, times in seconds.items()},
+    }
+
+
 def _first_call_columns(row: Row) -> dict[str, str]:
     return {**_case(row), **{f"{name}, s": f"{seconds:.3g}" for name, seconds in row["seconds"].items()}}
 
@@ -148,6 +190,12 @@ def _ratio(slower: tuple[float, float], faster: tuple[float, float], factor: flo
     return f"**{minimum:.2f}** ({middle:.2f})"
 
 
+def _part(times: tuple[float, float], whole: tuple[float, float], less: float = 0) -> str:
+    """Show how large a part of the whole something is, from the minima and in parentheses from the medians."""
+    minimum, middle = (100 * (a / b - less) for a, b in zip(times, whole, strict=True))
+    return f"**{minimum:.2f} %** ({middle:.2f} %)"
+
+
 def _seconds(times: tuple[float, float]) -> str:
     return f"{times[0]:.3g} ({times[1]:.3g})"
 
@@ -159,6 +207,9 @@ TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
     "methods": ("Merge methods on bfloat16 state dicts of 64 Mi elements", _method_columns),
     "accuracy": ("Errors in bfloat16, against the same merge in float64", _accuracy_columns),
     "sfa_step": ("A step of SFA on a PyTorch model", _race_columns),
+    "training_terms": ("Penalties in a training loop, beside the same penalties in the loss", _term_columns),
+    "training_sfa": ("SFA in a training loop", _sfa_columns),
+    "training_rehearsal": ("Rehearsal in a training loop", _rehearsal_columns),
     "recipes": ("Recipes of mergekit, in float32, against mergekit", _accuracy_columns),
     "checkpoints": ("Whole processes, beside mergekit-yaml", _process_columns),
     "checkpoint_memory": ("Models four times the size", _process_columns),

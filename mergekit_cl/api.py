@@ -15,7 +15,7 @@ from mergekit_cl.globs import Globs, check_globs
 from mergekit_cl.globs import chosen as chosen_names
 from mergekit_cl.memory import parse_size
 from mergekit_cl.models import Leaf, Model, copied, open_model, tensor
-from mergekit_cl.plan import plan
+from mergekit_cl.plan import placement_problems, plan
 from mergekit_cl.registry import Method, find
 
 if TYPE_CHECKING:
@@ -352,6 +352,7 @@ def _check_kept(donor: Model, target: Model, kept: Mapping[str, Leaf], in_place:
         or there.shape != donor.layout[name].shape
         or (in_place and there.dtype != donor.layout[name].dtype)
     ]
+    problems += placement_problems([donor, target], ["the model that it is copied from", "out"], kept)
     if problems:
         raise MismatchError(listing(problems))
 

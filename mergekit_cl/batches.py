@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,8 +15,9 @@ from mergekit_cl.formula_rows import bind, compute_of, formula_of, hash_key
 from mergekit_cl.kernels import Array, Backend, Keep, MatrixFormula, Slices, Span, Table, TaskVectors
 from mergekit_cl.models import tensor
 from mergekit_cl.plan import Item, Plan
-from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Elementwise, PerMatrix, Sum, SumOfSlices
+from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Elementwise, PerMatrix, PerRow, Sum, SumOfSlices
 from mergekit_cl.steps import Keep as KeepStep
+from mergekit_cl.windows import Window
 
 Call: TypeAlias = Callable[[Table, Array], npt.NDArray[np.bool_] | bool]
 """Computes pieces of a table (or of windows into it); returns for each of its rows whether a result is not finite."""
@@ -28,7 +30,8 @@ class Row:
     """One tensor of an apply step: the memory that it is read from, and the memory that it is written to.
 
     ``inputs`` are the spans of ``sources``, which are numbered as the models are, the base as -1. ``direct`` says that
-    ``out`` is the result's own memory, so that it need not be copied there.
+    ``out`` is the result's own memory, so that it need not be copied there. ``first`` is the number of the first element,
+    where these are part of a tensor and it matters which.
     """
 
     item: Item
@@ -37,6 +40,15 @@ class Row:
     inputs: tuple[Span, ...]
     out: Span
     direct: bool = False
+    first: int | None = None
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What a kernel is given: the inputs, and last the output."""
+        spans = (*self.inputs, self.out)
+        if self.first is None:
+            return spans
+        return tuple(Window(span, self.first, prod(self.item.shape)) for span in spans)
 
 
 class Batch:
@@ -47,7 +59,7 @@ class Batch:
         self.step = step
         self.sources = rows[0].sources
         self.inputs = Table([row.inputs for row in rows])
-        self.table = Table([(*row.inputs, row.out) for row in rows])
+        self.table = Table([row.spans for row in rows])
         self.details = [row.detail for row in rows]
 
     slices: Slices | None = None
@@ -55,6 +67,11 @@ class Batch:
 
     copied = True
     """Whether the result is the first input, or zero without one."""
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the table is one of windows."""
+        return self.rows[0].first is not None
 
     alone = False
     """Whether it takes all processors by itself, so that only one thread may call it."""
@@ -199,6 +216,7 @@ class Binder:
         spans: The inputs of each tensor, by its name: the models in their order, then the base.
         finite: Whether coefficients that are not finite are errors.
         outputs: Makes the span that a tensor is written to; without it that is the target's memory, or new memory.
+        first: Returns the number of a tensor's first element that the spans have, where they may have only a part.
 
     """
 
@@ -208,11 +226,13 @@ class Binder:
         spans: Mapping[str, tuple[Span, ...]],
         finite: bool,
         outputs: Callable[[Item], Span] | None = None,
+        first: Callable[[str], int | None] = lambda _: None,
     ) -> None:
         self.outputs = outputs
         self.plan = plan
         self.spans = spans
         self.finite = finite
+        self.first = first
         self._groups: dict[Any, tuple[Apply | None, list[Row]]] = {}
 
     def batches(self) -> list[Batch]:
@@ -245,14 +265,22 @@ class Binder:
         else:
             raise MergeError(f"{self.plan.method.name}: returned {type(step).__name__}, which is not an apply step")
 
+    def alone(self, item: Item, step: Apply, spans: tuple[Span, ...], out: Span) -> list[Batch]:
+        """Bind the step of one tensor to other memory."""
+        binder = Binder(self.plan, {item.name: spans}, self.finite, lambda _: out)
+        binder._compute = self._compute
+        binder.add(item, step)
+        return binder.batches()
+
     def _add(
         self, item: Item, step: Apply | None, detail: Any, sources: tuple[int, ...], kind: type[Batch], *key: object
     ) -> None:
         """Add a row to the batch of its like: of one kind, key, inputs and dtypes."""
         inputs = tuple(self.spans[item.name][source] for source in sources)
-        row = Row(item, detail, sources, inputs, *self._output(item))
+        first = self.first(item.name) if step is not None and draws(step) else None
+        row = Row(item, detail, sources, inputs, *self._output(item), first)
         dtypes = Table([(*row.inputs, row.out)]).dtypes
-        self._groups.setdefault((kind, key, sources, dtypes), (step, []))[1].append(row)
+        self._groups.setdefault((kind, key, sources, dtypes, first is None), (step, []))[1].append(row)
 
     def _add_sum(self, item: Item, step: Sum) -> None:
         plan, spans = self.plan, self.spans[item.name]
@@ -360,6 +388,20 @@ def _taking_part(
         coefficients = np.concatenate([weights, (np.array(weight) * factor).astype(compute), factor.astype(compute)])
     taking_part = tuple(k for k in kept if weights[k] and one)
     return taking_part, bool(np.isfinite(coefficients.reshape(3, -1)[:, list(taking_part)]).all() and np.isfinite(one))
+
+
+def draws(step: Apply) -> bool:
+    """Tell whether the numbers of a tensor's entries show in the result, as those of random masks do."""
+    if isinstance(step, Elementwise):
+        return step.seed is not None
+    return isinstance(step, Consensus) and step.keep is not None
+
+
+def looks_along(step: Apply, item: Item) -> bool:
+    """Tell whether a step looks at more of a tensor than one entry after another, or at where they are in its shape."""
+    if isinstance(step, PerMatrix) and len(item.shape) != 2:
+        step = step.otherwise
+    return isinstance(step, SumOfSlices | PerRow | PerMatrix) or (isinstance(step, Elementwise) and len(step.rows) > 0)
 
 
 def slices_of(item: Item, along: str) -> tuple[int, int]:

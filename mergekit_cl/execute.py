@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from mergekit_cl import kernels
-from mergekit_cl.batches import Batch, Binder, Row
+from mergekit_cl.batches import Batch, Binder, Row, draws, looks_along
 from mergekit_cl.dtypes import largest_finite
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
 from mergekit_cl.formula_rows import bind
@@ -25,9 +25,10 @@ from mergekit_cl.kernels import BLOCK, Array, Slices, Span, Table
 from mergekit_cl.models import Leaf, library_of, tensor
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.registry import Method
+from mergekit_cl.shares import Shares
 from mergekit_cl.steps import Apply, Elementwise, Survey
 from mergekit_cl.survey import carry_out, check
-from mergekit_cl.windows import Windows, on_disk, portions
+from mergekit_cl.windows import Windows, bounds, call_aligned, on_disk, portions
 
 CHUNK = 64 * BLOCK
 """Elements that a thread takes at a time, at most: large enough to stream, small enough to share out evenly."""
@@ -73,6 +74,11 @@ class Executor:
         self.nonfinite = nonfinite
         self.constant = constant
         self.spans = spans or {item.name: tuple(map(_span, item.leaves)) for item in plan.items}
+        self.shares = Shares(plan)
+        if self.shares and outputs is not None:
+            raise MergeError(
+                "sharded models cannot be merged into a file: leave out= away, and save the result as you save them"
+            )
         self.outputs = outputs
         self.window = window
         self.elements = sum(len(spans[0]) for spans in self.spans.values())
@@ -98,23 +104,29 @@ class Executor:
             MismatchError: Integers differ between models.
             MergeError: The method returned something that is no apply step for these inputs.
 
+        Where processes share tensors, all of them raise the error of one.
+
         """
+        strict = self.nonfinite == "error"
         wide = self.threads > 1 and self.plan.device == "cpu" and self.elements > BLOCK
         with ThreadPoolExecutor(self.threads) if wide else nullcontext() as self._pool:
             self._check_exact()
-            batches = self._batches or self._batch(self._steps())
-            if self.plan.check_first and self.nonfinite == "error":
-                self._check_before_writing(batches)
-            if self.plan.in_place and not self.plan.method.surveys:
+            batches, gathered = (self._batches, []) if self._batches else self._batch(self._steps())
+            advance(sum(len(row.out) for row, _ in gathered))
+            problems = [problem for _, found in gathered for problem in found]
+            if self.plan.check_first and strict:
+                self._refuse([*problems, *self._explain(self._check_before_writing(batches))])
+            if self.plan.in_place and not self.plan.method.surveys and not gathered:
                 self._batches = batches  # neither the memory nor the weights will change
             # after a check backwards, because what has been read last is still in the cache
             order = reversed(batches) if self.plan.check_first else batches
             spoiled = [row for batch in order for row in self._apply(batch, advance)]
-            if spoiled and self.nonfinite == "error":
-                raise self._explain(spoiled)
+            if strict:
+                problems += self._explain(spoiled)
+                self._refuse(problems, agreed=self.plan.check_first)
         if self.outputs is not None:
             return {}
-        rows = [row for batch in batches for row in batch.rows]
+        rows = [row for batch in batches for row in batch.rows] + [row for row, _ in gathered]
         return {name: leaf for row in rows for name, leaf in self._finish(row).items()}
 
     # Survey and reduce
@@ -161,12 +173,12 @@ class Executor:
         chunk = _fitting(table, self.window) if windowed else CHUNK
         if slices is not None:
             shares = deal_slices(table.lengths, slices, self.threads, chunk, cut)
-        elif not cut:
-            shares = [table.whole]
         else:
+            starts, stops = bounds(table)
             if few and not windowed:
-                chunk = max(CHUNK, -(-int(table.lengths.sum()) // (2 * self.threads * BLOCK)) * BLOCK)
-            shares = deal(table.lengths, self.threads, chunk)
+                chunk = max(CHUNK, -(-int((stops - starts).sum()) // (2 * self.threads * BLOCK)) * BLOCK)
+            whole = np.stack([np.arange(len(stops)), starts, stops], axis=1)
+            shares = deal(stops, self.threads, chunk, starts) if cut else [whole]
         if backwards:
             shares.reverse()
         side_by_side = self._pool.map if self._pool and not alone else map
@@ -177,14 +189,27 @@ class Executor:
 
     # Apply
 
-    def _batch(self, steps: Iterable[tuple[Item, Apply]]) -> list[Batch]:
-        """Put every tensor into a batch with its like."""
-        binder = Binder(self.plan, self.spans, finite=self.nonfinite == "error", outputs=self.outputs)
+    def _batch(self, steps: Iterable[tuple[Item, Apply]]) -> tuple[list[Batch], list[tuple[Row, list[str]]]]:
+        """Put every tensor into a batch with its like; compute what needs whole tensors of which this process has a part."""
+        binder = Binder(
+            self.plan, self.spans, finite=self.nonfinite == "error", outputs=self.outputs, first=self.shares.first_of_part
+        )
+        gathered = []
         for item in self.plan.exact:
             binder.add_copy(item)
         for item, step in steps:
-            binder.add(item, step)
-        return binder.batches()
+            if item.name in self.shares and (looks_along(step, item) or (draws(step) and self.shares.is_scattered(item.name))):
+                gathered.append(self._gathered(binder, item, step))
+            else:
+                binder.add(item, step)
+        return binder.batches(), gathered
+
+    def _gathered(self, binder: Binder, item: Item, step: Apply) -> tuple[Row, list[str]]:
+        """Gather a tensor, compute all of it, and keep the part of this process; also list what is not finite."""
+        spans, out = self.shares.whole(item), self.shares.empty(item)
+        batches = binder.alone(item, step, spans, out)
+        spoiled = [row for batch in batches for row in self._apply(batch, lambda _: None)]
+        return Row(item, None, (), (), self.shares.own(item.name, out)), self._explain(spoiled, spans)
 
     def _finish(self, row: Row) -> dict[str, Leaf]:
         """Hand a merged tensor back under each of its names."""
@@ -203,6 +228,8 @@ class Executor:
         if batch.copied and self.nonfinite == "error" and not self.plan.check_first:
             spoiled |= ~np.isfinite(self._largest(batch.inputs)).all(axis=1)
         call, backwards = batch.call(self.backend), self.plan.check_first
+        if batch.windowed:
+            call = partial(call_aligned, call)
         for pieces, flags in self.sweep(call, batch.table, batch.slices, backwards=backwards, alone=batch.alone):
             spoiled |= flags
             if self.outputs is not None and spoiled.any() and self.nonfinite == "error":
@@ -224,6 +251,8 @@ class Executor:
                 for label, other in zip(self.plan.labels[1:], others, strict=False)
                 if not _equal(first, other)
             ]
+        if any(item.name in self.shares for item in self.plan.exact):
+            problems = self.shares.agree(problems)
         if problems:
             raise MismatchError(listing(problems))
 
@@ -248,8 +277,8 @@ class Executor:
                 self._known.update(zip(keys, largest[:, column].tolist(), strict=True))
         return largest
 
-    def _check_before_writing(self, batches: Sequence[Batch]) -> None:
-        """Refuse non-finite inputs, and results that would overflow, while nothing has been written yet."""
+    def _check_before_writing(self, batches: Sequence[Batch]) -> list[Row]:
+        """Return the rows of non-finite inputs, or results that would overflow, while nothing has been written yet."""
         spoiled: list[Row] = []
         for batch in batches:
             if not batch.sources or batch.table.dtypes[-1] not in kernels.FLOATING:
@@ -268,33 +297,40 @@ class Executor:
                 if doubt
             ]
             spoiled += self._apply(batch.like(trial), lambda _: None) if trial else []
-        if spoiled:
-            raise self._explain(spoiled)
+        return spoiled
 
-    def _explain(self, rows: Sequence[Row]) -> MergeError:
-        """Say which tensors of which models hold what, or which results overflow."""
+    def _refuse(self, problems: Sequence[str], *, agreed: bool = False) -> None:
+        """Refuse what is not finite, here or in another process; ``agreed``: it is known that there is nothing elsewhere."""
+        if not agreed:
+            problems = self.shares.agree(problems)
+        if problems:
+            raise NonFiniteError(listing(problems))
+
+    def _explain(self, rows: Sequence[Row], spans: tuple[Span, ...] | None = None) -> list[str]:
+        """Say which tensors of which models hold what, or which results overflow; ``spans`` are inputs that were gathered."""
         problems = []
         for row in rows:
             name = tensor(row.item.name)
             overflow = f"{name}: finite inputs overflow {row.item.dtype} when merged; choose a wider dtype or smaller weights"
-            problems += self._faults(row.item, row.inputs) or [overflow]
-        return NonFiniteError(listing(problems))
+            problems += self._faults(row.item, row.inputs, spans) or [overflow]
+        return problems
 
     def refuse_nonfinite(self, spoiled: Iterable[tuple[Item, tuple[Span, ...]]]) -> None:
         """Raise an error that explains what is not finite in these inputs, if there are any, and if it is not allowed."""
         rows = list(spoiled)
         if rows and self.nonfinite == "error":
-            problems = [fault for item, inputs in rows for fault in self._faults(item, inputs)]
+            problems = self.shares.agree([fault for item, inputs in rows for fault in self._faults(item, inputs)])
             method, name = self.plan.method.name, tensor(rows[0][0].name)
             where = name if len(rows) == 1 else f"{name}, or one of the {len(rows) - 1} others"
             overflow = f"{where}: what {method} asks for, of finite inputs, overflows; merge in a wider dtype"
             raise NonFiniteError(listing(problems or [overflow]))
 
-    def _faults(self, item: Item, inputs: Sequence[Span]) -> list[str]:
+    def _faults(self, item: Item, inputs: Sequence[Span], spans: tuple[Span, ...] | None = None) -> list[str]:
         """List what is not finite in the inputs of a tensor that are read."""
+        here = self.shares.here(item.name) if spans is None else ""
         return [
-            f"{_place(label, leaf)}, {tensor(item.name)}: {counts}"
-            for span, label, leaf in zip(self.spans[item.name], self.plan.labels, item.leaves, strict=True)
+            f"{_place(label, leaf)}, {tensor(item.name)}: {counts}{here}"
+            for span, label, leaf in zip(spans or self.spans[item.name], self.plan.labels, item.leaves, strict=True)
             if any(span is read for read in inputs) and (counts := _count_nonfinite(span))
         ]
 
@@ -369,29 +405,29 @@ def _count_nonfinite(span: Span) -> str:
     return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
-def deal(lengths: Array, threads: int, chunk: int) -> list[Array]:
+def deal(stops: Array, threads: int, chunk: int, starts: Array | int = 0) -> list[Array]:
     """Cut the rows of a table into pieces, and deal them out in shares of at most ``chunk`` elements.
 
     Args:
-        lengths: Elements in each row, int64 [rows].
+        stops: Where each row ends, int64 [rows].
         threads: How many threads there are to share between.
         chunk: A multiple of `BLOCK`.
+        starts: Where each row begins, int64 [rows].
 
     Returns:
         Arrays of pieces, int64 [pieces, 3]: (row, start, stop). Every element is in exactly one piece, and every piece
-        starts at a multiple of `BLOCK`.
+        starts where its row does, or at a multiple of `BLOCK`.
 
     """
-    size = min(chunk, -(-int(lengths.sum()) // (threads * BLOCK)) * BLOCK)
+    size = min(chunk, -(-int((stops - starts).sum()) // (threads * BLOCK)) * BLOCK)
     shares: list[list[tuple[int, int, int]]] = []
     room = 0
-    for row, length in enumerate(lengths.tolist()):
-        start = 0
-        while start < length:
-            if room < min(BLOCK, length - start):
+    for row, (start, end) in enumerate(zip(np.broadcast_to(starts, stops.shape).tolist(), stops.tolist(), strict=True)):
+        while start < end:
+            if room < min(BLOCK, end - start):
                 shares.append([])
                 room = size
-            stop = length if length - start <= room else start + room // BLOCK * BLOCK
+            stop = end if end - start <= room else (start + room) // BLOCK * BLOCK
             shares[-1].append((row, start, stop))
             room -= stop - start
             start = stop

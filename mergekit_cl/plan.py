@@ -11,7 +11,7 @@ from mergekit_cl.dtypes import EXACT, unmergeable
 from mergekit_cl.errors import Faults, MergeError, MismatchError, listing
 from mergekit_cl.filters import Parameters
 from mergekit_cl.layout import Entry, ties
-from mergekit_cl.models import Leaf, Library, Model, library_of, tensor
+from mergekit_cl.models import Leaf, Library, Model, library_of, share_of, tensor
 from mergekit_cl.registry import SCOPE, Method
 from mergekit_cl.steps import Scope
 
@@ -199,6 +199,7 @@ def _check_alignment(inputs: Sequence[Model], target: Model, labels: Sequence[st
         if (fault := unmergeable(entry.dtype))
     ]
     problems += _extra_problems(inputs, labels)
+    problems += placement_problems([*inputs, target], [*labels, "out"], first)
     if problems:
         raise MismatchError(listing(problems))
     devices = {entry.device: name for name, entry in first.items()}
@@ -220,6 +221,21 @@ def _extra_problems(inputs: Sequence[Model], labels: Sequence[str]) -> list[str]
         for name, value in model.extra.items()
         if inputs[0].extra and not same_extra(value, inputs[0].extra.get(name))
     ]
+
+
+def placement_problems(models: Sequence[Model], labels: Sequence[str], names: Iterable[str]) -> list[str]:
+    """List tensors that the processes do not share in the same way in all of the models."""
+    problems = []
+    for name in names:
+        one = share_of(models[0].leaves[name])
+        for model, label in zip(models[1:], labels[1:], strict=True):
+            other = share_of(model.leaves.get(name))
+            if name in model.leaves and (one and one.placement) != (other and other.placement):
+                problems.append(
+                    f"{label}, {tensor(name)}: {other or 'not sharded'}, but {labels[0]} has {one or 'all of it'}; "
+                    "place the tensors of all models alike"
+                )
+    return problems
 
 
 def _difference(entry: Entry, other: Entry, label: str) -> str:

@@ -5,20 +5,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count, groupby
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from mergekit_cl.batches import keep_for, keep_of_rows, kind_of, lists, slices_of
 from mergekit_cl.errors import MergeError
-from mergekit_cl.kernels import BLOCK, Array, Backend, Keep, Slices, Span, Table
+from mergekit_cl.kernels import Array, Backend, Slices, Span, Table
 from mergekit_cl.plan import Item, Plan
 from mergekit_cl.select import Integers, Selection, guess_ranks, shift_for
+from mergekit_cl.shares import Counts, Member
 from mergekit_cl.steps import FIRST, LAST, Cut, Gram, KeptMagnitude, KthMagnitude, KthOf, Statistics, SumOf, Survey
 from mergekit_cl.survey_formulas import fits_scope, kths_of, sums_of
-from mergekit_cl.sweeps import Sweeps, add_exactly, refuse
+from mergekit_cl.sweeps import Bound, Group, Sweeps, add_exactly, partial_sums, refuse
 from mergekit_cl.windows import sampled
+
+if TYPE_CHECKING:
+    from mergekit_cl.models.sharded import Processes
 
 Asked: TypeAlias = Mapping[int, Any]
 """Surveys by the number of the scope that asks."""
@@ -87,39 +91,34 @@ def check(plan: Plan, number: int, survey: Survey) -> None:
 
 
 def _grams(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
-    groups: defaultdict[Any, list[tuple[int, Item, tuple[Span, ...]]]] = defaultdict(list)
+    plan = engine.plan
+    sources = (*((-1,) if plan.has_base else ()), *range(plan.models))
+    members: defaultdict[Any, list[Member]] = defaultdict(list)
     for number, survey in asked.items():
-        for item in engine.plan.scopes[number][1]:
-            spans = engine.spans[item.name]
-            columns = (spans[-1], *spans[:-1]) if engine.plan.has_base else spans
-            groups[survey, Table([columns]).dtypes].append((number, item, columns))
-    sums: defaultdict[int, list[Statistics]] = defaultdict(list)
-    for (survey, _), members in groups.items():
-        table = Table([columns for *_, columns in members])
-        about = survey.task_vectors
-        slices = None
-        if survey.along:
-            lengths = [slices_of(item, survey.along)[1] for _, item, _ in members]
-            slices = Slices(np.array(lengths, np.int64), survey.along == "columns")
-        call = partial(_gram, engine.backend, about, slices)
-        for pieces, blocks in engine.sweep(call, table, slices):
-            each = pieces[:, 2] - pieces[:, 1] if survey.along else _blocks(pieces)
-            owners = np.repeat(pieces[:, 0], each)
-            for row in np.unique(owners):
-                sums[members[row][0]].append(blocks[owners == row])
+        for item in plan.scopes[number][1]:
+            member = Member(number, item, sources, tuple(engine.spans[item.name][source] for source in sources))
+            members[survey, Table([member.spans]).dtypes].append(member)
+    groups = [Group(group, partial(_gram, engine, survey), bool(survey.along)) for (survey, _), group in members.items()]
+    sums = partial_sums(engine, groups)
     answers = {}
     for number, survey in asked.items():
-        order = engine.plan.models + (engine.plan.has_base and not survey.task_vectors)
-        empty = np.zeros((0, order, order))
-        answers[number] = np.concatenate([empty, *sums[number]]) if survey.along else add_exactly([empty, *sums[number]])
+        order = plan.models + (plan.has_base and not survey.task_vectors)
+        parts = [np.zeros((0, order, order)), *sums[number]]
+        answers[number] = np.concatenate(parts) if survey.along else add_exactly(parts)
     refuse(engine, {number: not np.isfinite(gram).all() for number, gram in answers.items()})
     return answers
 
 
-def _gram(backend: Backend, about: bool, slices: Slices | None, table: Table, pieces: Array) -> Statistics:
-    if slices is None:
-        return backend.gram(table, about, pieces)
-    return backend.gram_of_slices(table, about, slices, pieces)
+def _gram(
+    engine: Sweeps, survey: Gram, members: Sequence[Member]
+) -> tuple[Callable[[Table, Array], Statistics], Slices | None]:
+    """Return the kernel call for some tensors, and how they are cut."""
+    backend, about = engine.backend, survey.task_vectors
+    if not survey.along:
+        return lambda table, pieces: backend.gram(table, about, pieces), None
+    lengths = [slices_of(member.item, survey.along)[1] for member in members]
+    slices = Slices(np.array(lengths, np.int64), survey.along == "columns")
+    return lambda table, pieces: backend.gram_of_slices(table, about, slices, pieces), slices
 
 
 # Cuts
@@ -127,30 +126,34 @@ def _gram(backend: Backend, about: bool, slices: Slices | None, table: Table, pi
 
 @dataclass(eq=False)
 class _Search:
-    """Selections among the task vectors of a scope: ``numbers`` are theirs, ``rows`` have a column for each, after the base."""
+    """Selections among the task vectors of a scope.
+
+    ``numbers`` are theirs. ``rows`` have a column for each, after the base, and ``processes`` share them; ``sharing`` are those
+    of all tensors of the scope, whether or not they have a row here. ``elements`` counts those of all processes.
+    """
 
     items: Sequence[Item]
     rows: list[tuple[Span, ...]]
+    processes: list["Processes | None"]
+    sharing: tuple["Processes | None", ...]
     numbers: npt.NDArray[np.intp]
+    elements: int
     bins: int = 0
-
-    @cached_property
-    def elements(self) -> int:
-        return sum(len(row[0]) for row in self.rows)
 
     @cached_property
     def dtypes(self) -> list[tuple[str, ...]]:
         return [Table([row]).dtypes for row in self.rows]
 
-    def sample(self, numbers: npt.NDArray[np.intp]) -> "_Search":
+    def sample(self) -> "_Search":
         """Copy runs of neighbours at equal distances, with every column twice."""
         step = _RUN * max(1, self.elements // min(_SAMPLE[1], max(_SAMPLE[0], self.elements // 256)))
-        rows = []
-        for row in self.rows:
+        sample = _Search((), [], [], self.sharing, self.numbers, 0)
+        for row, processes in zip(self.rows, self.processes, strict=True):
             if length := len(row[0]) // step * step:
                 base, *models = (sampled(span, length, step, _RUN) for span in row)
-                rows.append((base, *models, *models))
-        return _Search((), rows, numbers)
+                sample.rows.append((base, *models, *models))
+                sample.processes.append(processes)
+        return sample
 
 
 def _cuts(engine: Sweeps, asked: Asked) -> dict[int, list[list[Cut]]]:
@@ -170,7 +173,10 @@ def _cuts(engine: Sweeps, asked: Asked) -> dict[int, list[list[Cut]]]:
             columns += found
         if columns:
             rows = [(spans[-1], *(spans[k] for k in columns)) for spans in (engine.spans[item.name] for item in items)]
-            searches.append(_Search(items, rows, np.arange(len(wanted) - len(columns), len(wanted))))
+            processes = [engine.shares.processes_of(item.name) for item in items]
+            numbers = np.arange(len(wanted) - len(columns), len(wanted))
+            sharing = tuple(dict.fromkeys(processes))
+            searches.append(_Search(items, rows, processes, sharing, numbers, scope.elements))
     if searches:
         wide = any("float64" in dtypes for search in searches for dtypes in search.dtypes)
         ranks = np.array([rank for *_, rank in wanted], np.int64)
@@ -187,11 +193,11 @@ def _guess(engine: Sweeps, searches: Sequence[_Search], ranks: Integers, wide: b
     large = [search for search in searches if search.elements >= SAMPLED]
     samples: list[_Search] = []
     sample_ranks, limits = [np.zeros(0, np.int64)], []
-    for search in large:
-        selections = len(search.numbers)
-        sample = search.sample((samples[-1].numbers[-1] + 1 if samples else 0) + np.arange(2 * selections))
-        if not sample.rows:
+    for search, sample in zip(large, _samples(engine, large), strict=True):
+        if not sample.elements:
             continue
+        selections = len(search.numbers)
+        sample.numbers = (samples[-1].numbers[-1] + 1 if samples else 0) + np.arange(2 * selections)
         sizes = (np.full(selections, size) for size in (search.elements, sample.elements))
         upper, lower = guess_ranks(ranks[search.numbers], *sizes)
         sample_ranks += [np.clip(upper, 1, None), np.clip(lower, None, sample.elements)]
@@ -206,6 +212,20 @@ def _guess(engine: Sweeps, searches: Sequence[_Search], ranks: Integers, wide: b
     return low, high
 
 
+def _samples(engine: Sweeps, searches: Sequence[_Search]) -> list[_Search]:
+    """Take a sample of each search; count what all processes have of it."""
+    samples = [search.sample() for search in searches]
+    counts = []
+    for search, sample in zip(searches, samples, strict=True):
+        sizes = {processes: np.zeros(1, np.int64) for processes in search.sharing}
+        for row, processes in zip(sample.rows, sample.processes, strict=True):
+            sizes[processes] += len(row[0])
+        counts.append(sizes)
+    for sample, size in zip(samples, engine.shares.add_up(counts), strict=True):
+        sample.elements = int(size[0])
+    return samples
+
+
 def _select(
     engine: Sweeps, searches: Sequence[_Search], selection: Selection, guess: tuple[Integers, Integers] | None, wide: bool,
     rounds: int | None = None,
@@ -217,14 +237,21 @@ def _select(
             break
         for search, width in zip(searches, _largest(searches, high - low), strict=True):
             search.bins = min(1 << width.bit_length(), _BINS[search.elements >= 2 * _BINS[1]])
-        for part in _parts(searches):
-            numbers = np.concatenate([search.numbers for search in part])
+        parts = _parts(searches)
+        for together in [list(parts)] if engine.shares else ([part] for part in parts):
             shift = np.zeros_like(low)
-            shift[numbers] = shift_for(low[numbers], high[numbers], part[0].bins)
-            found = _count(engine, part, low, shift, wide)
-            spoiled = [search for search, counts in zip(part, found, strict=True) if counts[:, -1].any() and search.items]
-            engine.refuse_nonfinite(pair for search in spoiled for pair in zip(search.items, search.rows, strict=True))
-            selection.narrow(numbers, low[numbers], shift[numbers], np.concatenate(found)[:, :-1])
+            counted = []
+            for part in together:
+                numbers = np.concatenate([search.numbers for search in part])
+                shift[numbers] = shift_for(low[numbers], high[numbers], part[0].bins)
+                counted += _count(engine, part, low, shift, wide)
+            totals = iter(engine.shares.add_up(counted))
+            for part in together:
+                numbers = np.concatenate([search.numbers for search in part])
+                found = [next(totals) for _ in part]
+                spoiled = [search for search, counts in zip(part, found, strict=True) if counts[:, -1].any() and search.items]
+                engine.refuse_nonfinite(pair for search in spoiled for pair in zip(search.items, search.rows, strict=True))
+                selection.narrow(numbers, low[numbers], shift[numbers], np.concatenate(found)[:, :-1])
         unfinished = _largest(searches, selection.open)
         searches = [search for search, is_open in zip(searches, unfinished, strict=True) if is_open]
         low, high = selection.low, selection.high
@@ -252,22 +279,24 @@ def _parts(searches: Sequence[_Search]) -> Iterable[list[_Search]]:
         yield part
 
 
-def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Integers, wide: bool) -> list[Integers]:
-    """Make the histograms of some searches, int64 [selections, bins + 2] each."""
+def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Integers, wide: bool) -> list[Counts]:
+    """Make the histograms of some searches, int64 [selections, bins + 2] each: of what each group of processes shares."""
     bins = part[0].bins
-    groups: defaultdict[tuple[str, ...], list[tuple[int, tuple[Span, ...]]]] = defaultdict(list)
+    groups: defaultdict[Any, list[tuple[int, tuple[Span, ...]]]] = defaultdict(list)
     for index, search in enumerate(part):
-        for row, dtypes in zip(search.rows, search.dtypes, strict=True):
-            groups[dtypes].append((index, row))
-    counts = [np.zeros((len(search.numbers), bins + 2), np.int64) for search in part]
-    for members in groups.values():
+        for row, dtypes, processes in zip(search.rows, search.dtypes, search.processes, strict=True):
+            groups[processes, dtypes].append((index, row))
+    counts = [
+        {processes: np.zeros((len(search.numbers), bins + 2), np.int64) for processes in search.sharing} for search in part
+    ]
+    for (processes, _), members in groups.items():
         table = Table([row for _, row in members])
         owners = np.array([index for index, _ in members])
         numbers = np.array([part[index].numbers for index, _ in members])
         call = partial(_histograms, engine.backend, low[numbers], shift[numbers], bins, wide, owners)
         for _, (touched, found) in engine.sweep(call, table, few=True):
             for index, histogram in zip(touched.tolist(), found, strict=True):
-                counts[index] += histogram
+                counts[index][processes] += histogram
     return counts
 
 
@@ -284,23 +313,16 @@ def _histograms(
 
 def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
     plan = engine.plan
-    groups: defaultdict[Any, list[tuple[int, Any, tuple[Span, ...]]]] = defaultdict(list)
+    members: defaultdict[Any, list[Member]] = defaultdict(list)
     read = {number: [k for k, wanted in enumerate(survey.read) if wanted] for number, survey in asked.items()}
     for number, survey in asked.items():
         for item in plan.scopes[number][1] if read[number] else ():
-            spans = engine.spans[item.name]
-            columns = (spans[-1], *(spans[k] for k in read[number]))
+            sources = (-1, *read[number])
+            columns = tuple(engine.spans[item.name][source] for source in sources)
             table = Table([columns])
             rule = keep_for(survey.keep, item, read[number], table.compute)
-            groups[kind_of(survey.keep), table.dtypes].append((number, rule, columns))
-    sums: defaultdict[int, list[Statistics]] = defaultdict(list)
-    for (kind, _), members in groups.items():
-        table = Table([columns for *_, columns in members])
-        keep = keep_of_rows(kind, [rule for _, rule, _ in members])
-        for pieces, blocks in engine.sweep(partial(_kept, engine.backend, keep), table):
-            owners = np.repeat(pieces[:, 0], _blocks(pieces))
-            for row in np.unique(owners):
-                sums[members[row][0]].append(blocks[owners == row])
+            members[kind_of(survey.keep), table.dtypes].append(Member(number, item, sources, columns, rule))
+    sums = partial_sums(engine, [Group(group, partial(_kept, engine, kind)) for (kind, _), group in members.items()])
     answers = {}
     for number, models in read.items():
         answers[number] = np.zeros((plan.models, 2))
@@ -310,13 +332,7 @@ def _kept_magnitudes(engine: Sweeps, asked: Asked) -> dict[int, Statistics]:
     return answers
 
 
-def _kept(backend: Backend, keep: Keep, table: Table, pieces: Array) -> Statistics:
-    return backend.kept_magnitude(table, keep, pieces)
-
-
-# What they share
-
-
-def _blocks(pieces: Array) -> Any:
-    """Count the blocks of each piece."""
-    return -(-(pieces[:, 2] - pieces[:, 1]) // BLOCK)
+def _kept(engine: Sweeps, kind: Literal["all", "random", "magnitude"], members: Sequence[Member]) -> Bound:
+    """Return the kernel call for some tensors."""
+    keep = keep_of_rows(kind, [member.detail for member in members])
+    return lambda table, pieces: engine.backend.kept_magnitude(table, keep, pieces), None

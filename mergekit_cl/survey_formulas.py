@@ -4,38 +4,31 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from mergekit_cl.formula_rows import FormulaRow, bind, compute_of, formula_of
-from mergekit_cl.kernels import BLOCK, Array, Backend, Formula, Slices, Span, Table
+from mergekit_cl.formula_rows import bind, compute_of, formula_of
+from mergekit_cl.kernels import Array, Backend, Formula, Slices, Table
 from mergekit_cl.plan import Item
 from mergekit_cl.select import Integers, Selection, shift_for
+from mergekit_cl.shares import Counts, Member
 from mergekit_cl.steps import FIRST, Cut, KthOf, Statistics, SumOf
-from mergekit_cl.sweeps import Sweeps, add_exactly, refuse
+from mergekit_cl.sweeps import Bound, Group, Sweeps, add_exactly, partial_sums, refuse
 
 _BINS = (1 << 12, 1 << 16)  # for small and large scopes: the latter resolve float32 in two rounds
 _LARGE = 1 << 20
 _COUNTERS = 1 << 22  # in the histograms that there are at a time
 
-Member: TypeAlias = tuple[int, str, FormulaRow, tuple[Span, ...]]
-"""One tensor of a scope: the scope's number, the tensor's name, the formula, the inputs that it reads."""
-
 
 def sums_of(engine: Sweeps, asked: Mapping[int, SumOf]) -> dict[int, Statistics]:
     """Add up the outputs of formulas, for each scope or for each row of its tensor."""
-    sums: defaultdict[tuple[int, str], list[Statistics]] = defaultdict(list)
-    outputs: dict[int, int] = {}
-    for members in _grouped(engine, asked).values():
-        table = Table([spans for *_, spans in members])
-        formula, slices = formula_of([row for *_, row, _ in members])
-        for pieces, blocks in engine.sweep(partial(_sum, engine.backend, formula, slices), table, slices):
-            sizes = pieces[:, 2] - pieces[:, 1]
-            owners = np.repeat(pieces[:, 0], sizes if slices is not None else -(-sizes // BLOCK))
-            for row in np.unique(owners):
-                sums[members[row][:2]].append(blocks[owners == row])
-        outputs |= {number: row.outputs for number, _, row, _ in members}
+    groups = [
+        Group(members, partial(_sum, engine.backend), bool(members[0].detail.slice_length))
+        for members in _grouped(engine, asked).values()
+    ]
+    sums = partial_sums(engine, groups)
+    outputs = {member.owner[0]: member.detail.outputs for group in groups for member in group.members}
     answers = {}
     for number, survey in asked.items():
         parts = [np.zeros((0, outputs[number]))]
@@ -45,8 +38,10 @@ def sums_of(engine: Sweeps, asked: Mapping[int, SumOf]) -> dict[int, Statistics]
     return answers
 
 
-def _sum(backend: Backend, formula: Formula, slices: Slices | None, table: Table, pieces: Array) -> Statistics:
-    return backend.sum_of(table, formula, slices, pieces)
+def _sum(backend: Backend, members: Sequence[Member]) -> Bound:
+    """Return the kernel call for some tensors, and how they are cut."""
+    formula, slices = formula_of([member.detail for member in members])
+    return lambda table, pieces: backend.sum_of(table, formula, slices, pieces), slices
 
 
 def kths_of(engine: Sweeps, asked: Mapping[int, KthOf]) -> dict[int, list[Cut]]:
@@ -64,7 +59,7 @@ def kths_of(engine: Sweeps, asked: Mapping[int, KthOf]) -> dict[int, list[Cut]]:
         ranks += [asked[number].ranks[place] for place in found]
     if ranks:
         groups = _grouped(engine, {number: asked[number] for number in wanted})
-        wide = any(row.compute == np.float64 for members in groups.values() for *_, row, _ in members)
+        wide = any(member.detail.compute == np.float64 for members in groups.values() for member in members)
         chosen = _select(engine, groups, numbers, np.array(ranks, np.int64), wide)
         magnitudes = chosen.low.view(np.float64) if wide else chosen.low.astype(np.int32).view(np.float32)
         for number, found in wanted.items():
@@ -88,10 +83,18 @@ def _select(
         for number in left:
             which = numbers[number]
             shift[which] = shift_for(selection.low[which], selection.high[which], bins[number])
-        counts = {number: np.zeros((len(numbers[number]), bins[number] + 2), np.int64) for number in left}
+        counted: dict[int, Counts] = {number: {} for number in left}
         for members in groups.values():
-            for part in _parts([member for member in members if member[0] in left], numbers, bins):
-                _count(engine, part, numbers, selection.low, shift, bins[part[0][0]], wide, counts)
+            some = [member for member in members if member.owner[0] in left]
+            whole = bool(some) and bool(some[0].detail.slice_length or some[0].detail.keys.size)
+            for loaded, processes in engine.shares.in_memory(some, whole=whole):
+                for member in loaded:
+                    number = member.owner[0]
+                    counted[number].setdefault(processes, np.zeros((len(numbers[number]), bins[number] + 2), np.int64))
+                for part in _parts(loaded, numbers, bins):
+                    counts = {number: counted[number][processes] for number, _ in (member.owner for member in part)}
+                    _count(engine, part, numbers, selection.low, shift, bins[part[0].owner[0]], wide, counts)
+        counts = dict(zip(counted, engine.shares.add_up(list(counted.values())), strict=True))
         if first == 0:
             refuse(engine, {number: counts[number][:, -1].any() for number in left})
         for number in left:
@@ -103,10 +106,11 @@ def _parts(members: Sequence[Member], numbers: Mapping[int, Array], bins: Mappin
     """Cut into parts with as many bins and windows each, and histograms that do not take too much memory together."""
     parts: defaultdict[tuple[int, int], list[list[Member]]] = defaultdict(list)
     for member in members:
-        windows = len(numbers[member[0]])
-        alike = parts[bins[member[0]], windows]
-        most = max(1, _COUNTERS // (windows * bins[member[0]]))
-        if not alike or len({number for number, *_ in alike[-1]} | {member[0]}) > most:
+        number = member.owner[0]
+        windows = len(numbers[number])
+        alike = parts[bins[number], windows]
+        most = max(1, _COUNTERS // (windows * bins[number]))
+        if not alike or len({each.owner[0] for each in alike[-1]} | {number}) > most:
             alike.append([])
         alike[-1].append(member)
     return [part for alike in parts.values() for part in alike]
@@ -117,10 +121,10 @@ def _count(
     counts: Mapping[int, Integers],
 ) -> None:  # fmt: skip
     """Add the histograms of some tensors to the counts of their scopes."""
-    table = Table([spans for *_, spans in part])
-    formula, slices = formula_of([row for *_, row, _ in part])
-    owners = np.array([number for number, *_ in part])
-    selections = np.array([numbers[number] for number, *_ in part])
+    table = Table([member.spans for member in part])
+    formula, slices = formula_of([member.detail for member in part])
+    owners = np.array([member.owner[0] for member in part])
+    selections = np.array([numbers[member.owner[0]] for member in part])
     call = partial(_histograms, engine.backend, formula, slices, low[selections], shift[selections], bins, wide, owners)
     for _, (touched, found) in engine.sweep(call, table, slices, few=True):
         for number, histogram in zip(touched.tolist(), found, strict=True):
@@ -137,7 +141,7 @@ def _histograms(
 
 
 def _grouped(engine: Sweeps, asked: Mapping[int, SumOf | KthOf]) -> dict[Any, list[Member]]:
-    """Bind the formulas of all tensors of the scopes; group what one kernel call takes."""
+    """Bind the formulas of all tensors of the scopes (the owners are number and tensor); group what one kernel call takes."""
     groups: defaultdict[Any, list[Member]] = defaultdict(list)
     for number, survey in asked.items():
         items: Sequence[Item] = engine.plan.scopes[number][1]
@@ -147,7 +151,7 @@ def _grouped(engine: Sweeps, asked: Mapping[int, SumOf | KthOf]) -> dict[Any, li
         for item in items:
             row = bind(engine.plan, item, survey, compute)
             spans = tuple(engine.spans[item.name][source] for source in row.sources)
-            groups[row.kind, Table([spans]).dtypes].append((number, item.name, row, spans))
+            groups[row.kind, Table([spans]).dtypes].append(Member((number, item.name), item, row.sources, spans, row))
     return dict(groups)
 
 

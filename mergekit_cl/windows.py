@@ -18,6 +18,7 @@ from mergekit_cl.kernels import Array, Slices, Span, Table, address
 Pieces: TypeAlias = npt.NDArray[np.int64]
 
 _ALIGNED = 64  # bytes: a line of the cache
+_HASHED = 4  # entries whose hashes are made together
 
 
 class Incoming:
@@ -70,6 +71,11 @@ class Window:
     def __setitem__(self, part: slice, values: Any) -> None:
         self.array[part.start - self.first : part.stop - self.first] = values
 
+    @property
+    def device(self) -> Any:
+        """Where the elements are."""
+        return self.array.device
+
     def data_ptr(self) -> int:
         """Address at which the span's first element would be."""
         return address(self.array) - self.first * self.dtype.itemsize
@@ -78,6 +84,39 @@ class Window:
 def on_disk(span: Span) -> bool:
     """Whether a span has to be read or written a window at a time."""
     return isinstance(span, Incoming | Outgoing)
+
+
+def bounds(table: Table) -> tuple[Pieces, Pieces]:
+    """Return which elements of each row are there: the numbers of the first, and of the one after the last."""
+    if not table.spans or not isinstance(table.spans[0][0], Window):
+        return np.zeros_like(table.lengths), table.lengths
+    first = np.array([row[0].first for row in table.spans], np.int64)
+    return first, first + np.array([len(row[0].array) for row in table.spans], np.int64)
+
+
+def call_aligned(kernel: Callable[[Table, Array], Any], table: Table, pieces: Pieces) -> Any:
+    """Call a kernel that returns flags for pieces of windows, which may begin anywhere.
+
+    Kernels make the hashes of four entries at once, and take pieces that begin at a multiple of four. Up to three entries
+    before it are computed in memory of their own, behind copies of the first of them.
+    """
+    heads = pieces[pieces[:, 1] % _HASHED != 0]
+    if not len(heads):
+        return kernel(table, pieces)
+    rest = pieces.copy()
+    rest[:, 1] = -(-rest[:, 1] // _HASHED) * _HASHED
+    rest = rest[rest[:, 1] < rest[:, 2]]
+    flags = kernel(table, rest) if len(rest) else False
+    firsts, lasts = heads[:, 1] // _HASHED * _HASHED, np.minimum(-(-heads[:, 1] // _HASHED) * _HASHED, heads[:, 2])
+    spans: list[Sequence[Span]] = list(table.spans)
+    for (row, start, _), first, last in zip(heads.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+        numbers = [max(start, number) for number in range(first, last)]
+        spans[row] = [Window(span.array[[n - span.first for n in numbers]], first, len(span)) for span in spans[row]]
+    part = _part(table, spans, heads[:, 0].tolist())
+    flags = kernel(part, np.stack([heads[:, 0], firsts, lasts], axis=1)) | flags
+    for (row, start, _), last in zip(heads.tolist(), lasts.tolist(), strict=True):
+        table.spans[row][-1][start:last] = spans[row][-1][start:last]
+    return flags
 
 
 def sampled(span: Span, length: int, step: int, run: int) -> Span:

@@ -2,32 +2,52 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from mergekit_cl.adapters.torch import anchor_folder
+from mergekit_cl.adapters.torch import lora as low_rank
+from mergekit_cl.adapters.torch.anchor import File, Memory, Place, check_path, fingerprint_of, write
+from mergekit_cl.adapters.torch.anchor_folder import Anchor, Folder, keep, restored, saved
+from mergekit_cl.adapters.torch.lora import Pair, pairs_of
+from mergekit_cl.adapters.torch.parameters import (
+    after_write,
+    before_write,
+    buffers_of,
+    is_sharded,
+    parameters_of,
+    place_of,
+    source_of,
+    trainable,
+)
+from mergekit_cl.adapters.torch.sharding import agreed
 from mergekit_cl.api import prepare
+from mergekit_cl.checkpoint.stored import is_source
 from mergekit_cl.continual.schedule import MergeSchedule
-from mergekit_cl.dtypes import output_dtype
+from mergekit_cl.dtypes import dtype_name, output_dtype
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
 from mergekit_cl.execute import Executor, rehearse
 from mergekit_cl.filters import Parameters
-from mergekit_cl.models import open_model
-from mergekit_cl.registry import find
+from mergekit_cl.models import Leaf, library_of, open_model
+from mergekit_cl.models.sharded import Shard, local_of, with_local
+from mergekit_cl.plan import plan
+from mergekit_cl.registry import Method, find
+from mergekit_cl.windows import Incoming
 
 _logger = logging.getLogger(__name__)
-_SETTINGS = (
-    "method",
-    "parameters",
-    "seed",
-    "p",
-    "every",
-    "total_steps",
-    "steps_before",
-    "step_count",
-    "merges",
-    "last_merge_step",
-)
+_OPTIONS = {
+    "policy": ("fixed", "rolling"),
+    "optimizer_state": ("keep", "reset"),
+    "buffers": ("keep", "average"),
+    "lora": ("exact", "svd"),
+    "nonfinite": ("error", "allow"),
+}
+_COUNTERS = ("steps_before", "step_count", "merges", "last_merge_step")
+_SETTINGS = ("method", "parameters", "seed", "p", "every", "total_steps", "policy", "optimizer_state", "buffers", "lora")
+_STEPS_BEFORE = "steps_before"
+_QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes, which packs codes into tensors
 
 
 class SFA:
@@ -40,22 +60,41 @@ class SFA:
 
     With ``method`` the merge is that of any other method: of the present weights, with the anchor as its base, where the
     method needs one (``ties``, ``dare_ties``, ``breadcrumbs``, ``task_arithmetic``, ...); else of the anchor and the present
-    weights, in this order (``slerp``, ``karcher``, ``linear``, ...). It is what `mergekit_cl.merge` computes, in place.
+    weights, in this order (``slerp``, ``karcher``, ``linear``, ...). It is what `mergekit_cl.merge` computes, in place:
+    no parameter is replaced, so compiled models, CUDA graphs, and whatever else holds their memory go on.
 
-    The anchor is taken when the object is built, and again by `new_task`. It costs one copy of the trainable parameters;
-    frozen parameters cost nothing, and one that is frozen on the way is left alone from then on. Buffers and the optimizer's
-    state are left alone. A step is an update of the optimizer that the loop counts by calling `step`; with `attach`, one that
-    the optimizer carried out (not one that a gradient scaler skipped).
+    The anchor is taken when the object is built, and again by `new_task`. It holds the trainable parameters, tied ones once;
+    frozen parameters cost nothing, and one that is frozen on the way is left alone from then on. One that is unfrozen on the
+    way is taken up, as it was while frozen, by `attach`, or by `include`. A step is an update of the optimizer that the loop
+    counts by calling `step`; with `attach`, one that the optimizer carried out (not one that a gradient scaler skipped, nor
+    one that only accumulates gradients).
+
+    Sharded parameters (FSDP, DeepSpeed's engine) are merged where they are: every process builds and steps its own SFA.
 
     Args:
-        model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged).
+        model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged);
+            or DeepSpeed's engine.
         beta: The weight of the anchor, in [0, 1]; 0.5 where it is not given; or a list with filters. For method "sfa" alone.
         p: The part of the task between two merges, in (0, 1]; needs ``total_steps``. 0.25 where ``every`` is not given.
-        total_steps: The number T of steps of the task. Without it (only with ``every``) there is no merge at the end.
+        total_steps: The number T of steps of the task. Without it (only with ``every``) there is no merge at the end, but
+            that of `finalize`.
         every: The number k of steps between two merges, in place of p.
         method: Name of a merge method that can merge two models, or one model and a base.
-        anchor_device: Where to keep the anchor; beside the parameters by default. Elsewhere it is copied for each merge.
+        anchor: "memory" keeps it beside the parameters, "cpu" in the CPU's memory, from where it is copied part by part for
+            each merge. A path (it ends in .safetensors) keeps it in a file, which is read at merges; between them it takes no
+            memory. The anchor of sharded parameters is in a folder of `torch.distributed.checkpoint` there. It is there
+            complete, or as it was, whenever the process dies. Another anchor at the path stays until
+            the first step is counted, and then beside it (``NAME.previous.safetensors``) until the next new anchor.
         anchor_dtype: A dtype for the anchor; that of each parameter by default.
+        policy: "fixed" keeps the anchor for the task. "rolling" makes the merged weights the anchor of the next merge.
+        optimizer_state: "reset" clears what the optimizer keeps of merged parameters (moments, step counts) after each
+            merge; it needs `attach`.
+        buffers: "average" merges floating buffers of the module's state dict (running means) as parameters; integers never.
+        lora: What to do with a pair of LoRA factors of which none is zero when the anchor is taken. "exact" refuses, at the
+            first step (until then a saved anchor may be loaded): the average of two products is no product of their rank.
+            "svd" takes the nearest one that is; the factors are others then, which the moments of an optimizer do not know
+            (see ``optimizer_state``). Where one is zero, as in a fresh adapter, the average is exact: that factor is averaged,
+            and the other left alone. Only method "sfa" merges pairs.
         nonfinite: "error" reads the parameters once more at each merge, in search of NaN and infinities, before any of them is
             written. "allow" lets them through.
         seed: For methods with random masks. A merge after s steps, counted over all tasks, has the seed ``(seed << 32) + s``:
@@ -68,8 +107,9 @@ class SFA:
     Raises:
         UnknownNameError: No such method, or a parameter that it does not have.
         MergeError: p without ``total_steps``, both p and ``every``, a value out of range, a method that needs more models,
-            nothing to train, or parameters of a kind that cannot be merged.
+            nothing to train, or parameters of a kind that cannot be merged (quantised ones, LoRA pairs: see ``lora``).
         NonFiniteError: A parameter holds NaN or Inf (or does in ``anchor_dtype``).
+        CheckpointError: The anchor cannot be written, or something that is no anchor is at its path.
 
     >>> model = torch.nn.Linear(2, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -95,17 +135,19 @@ class SFA:
         *,
         every: int | None = None,
         method: str = "sfa",
-        anchor_device: torch.device | str | None = None,
+        anchor: Literal["memory", "cpu"] | str | Path = "memory",
         anchor_dtype: torch.dtype | None = None,
+        policy: Literal["fixed", "rolling"] = "fixed",
+        optimizer_state: Literal["keep", "reset"] = "keep",
+        buffers: Literal["keep", "average"] = "keep",
+        lora: Literal["exact", "svd"] = "exact",
         nonfinite: Literal["error", "allow"] = "error",
         seed: int = 0,
         backend: str = "auto",
         threads: int | None = None,
         **parameters: Any,
     ) -> None:
-        self._source = model_or_parameters
-        if not isinstance(model_or_parameters, torch.nn.Module):
-            self._source = _name(model_or_parameters)
+        self._source = source_of(model_or_parameters, "SFA")
         if beta is not None or method == "sfa":
             parameters["beta"] = 0.5 if beta is None else beta
         if isinstance(seed, bool) or not hasattr(seed, "__index__"):
@@ -115,19 +157,24 @@ class SFA:
             raise MergeError("SFA: both p and every are given; pass one of them")
         self.p = 0.25 if p is None and every is None else p
         self._every = every
-        self._anchor_device = anchor_device
+        self._place = _place(anchor)
         self._anchor_dtype = None if anchor_dtype is None else getattr(torch, output_dtype(anchor_dtype))
-        if nonfinite not in ("error", "allow"):
-            raise MergeError(f'SFA: nonfinite={nonfinite!r}: must be "error" or "allow"')
+        self.policy, self.optimizer_state, self.buffers, self.lora = policy, optimizer_state, buffers, lora
+        _check_options(policy=policy, optimizer_state=optimizer_state, buffers=buffers, lora=lora, nonfinite=nonfinite)
         self._nonfinite: Literal["error", "allow"] = nonfinite
         self._backend, self._threads = backend, threads
-        self._hook: Any = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._hooks: list[Any] = []
         self._prepared: tuple[Any, Executor] | None = None
         self.steps_before = self.step_count = 0
-        self.new_task(total_steps=total_steps)
+        self.finished = False
+        self._refused: MergeError | None = None
+        self._kept = self._begin_task(_schedule(self.p, every, total_steps), 0, resumable=True)
 
     def new_task(self, total_steps: int | None = None) -> None:
         """Begin a task: the present weights become the anchor, and steps are counted from 0 again.
+
+        An anchor in a file takes the place of the one before, which is kept beside it until the next.
 
         Args:
             total_steps: The number T of steps of the new task; needed where merges are set by p.
@@ -136,10 +183,9 @@ class SFA:
             MergeError: As for the constructor; the running task is then left as it is.
 
         """
-        schedule, anchor = _schedule(self.p, self._every, total_steps), self._capture()
-        rehearse(self._executor(anchor, self._trainable()).plan)  # finds what cannot be merged before training
-        self.anchor = anchor
-        self._begin(schedule, self.steps_before + self.step_count)
+        schedule = _schedule(self.p, self._every, total_steps)
+        self._kept = self._begin_task(schedule, self.steps_before + self.step_count)
+        self._kept.settle()
 
     def step(self) -> bool:
         """Count a step of the optimizer, and merge if it is time to. Call it after ``optimizer.step()``.
@@ -150,50 +196,208 @@ class SFA:
         Raises:
             NonFiniteError: It is time to merge, but a parameter holds NaN or Inf; nothing was written. The step counts, so
                 that a loop which goes on merges at the steps that it would have merged at.
+            CheckpointError: The anchor's file is gone, or damaged; nothing was written.
             MergeError: SFA is attached to an optimizer, or a parameter has become trainable since the task began.
 
         """
-        if self._hook is not None:
+        if self._hooks:
             raise MergeError(
                 "SFA: attached to an optimizer, which counts the steps itself; leave step() away, or detach() first"
             )
         return self._count()
 
+    def finalize(self) -> bool:
+        """End a task whose loop has ended, perhaps before step T: merge now, unless there is nothing to merge.
+
+        There is nothing where no step was done, where the last step was merged, and where the task is over. Afterwards the task
+        is over: until `new_task` steps are counted, but nothing is merged.
+
+        Returns:
+            Whether the parameters were averaged with the anchor (in place).
+
+        Raises:
+            MergeError: As `step`; the task is not over then.
+
+        """
+        over = self.finished or (self.total_steps is not None and self.step_count >= self.total_steps)
+        merged = not over and self.last_merge_step != self.step_count
+        if merged:
+            self._check_ready()
+            self._merge(self.step_count)
+        self.finished = True
+        return merged
+
+    def include(self) -> list[str]:
+        """Take parameters into the anchor that were unfrozen since the task began; between unfreezing and their next step.
+
+        As long as a parameter is frozen it equals its anchor, so nothing is lost. With `attach` this is done before each
+        step of the optimizer.
+
+        Returns:
+            The names of the parameters.
+
+        Raises:
+            MergeError: They are of a kind that cannot be merged.
+            NonFiniteError: One of them holds NaN or Inf.
+
+        """
+        leaves = self._leaves()
+        _, _, late = self._divided(leaves)
+        added = self._chosen({name: leaves[name] for name in late})
+        if added:
+            self._check_anchor(added)
+            self._update(added)
+        return list(added)
+
     def attach(self, optimizer: torch.optim.Optimizer) -> "SFA":
-        """Call `step` after each step of the optimizer, by a hook; return self."""
-        if self._hook is not None:
+        """Call `step` after each step of the optimizer, and `include` before it, by hooks; return self.
+
+        An optimizer that wraps another one (of accelerate, or Lightning) is unwrapped.
+
+        Raises:
+            MergeError: It is attached already, or this is no optimizer of PyTorch.
+
+        """
+        if self._hooks:
             raise MergeError("SFA: attached to an optimizer already; detach() first")
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._count() and None)
+        inner: Any = optimizer
+        while "_optimizer_step_post_hooks" not in getattr(inner, "__dict__", ()):
+            if not hasattr(inner, "optimizer"):
+                raise MergeError(
+                    f"SFA: {type(optimizer).__name__} has no hooks after its steps; call step() after each of them"
+                )
+            inner = inner.optimizer
+        self._optimizer = inner
+        self._hooks = [
+            inner.register_step_pre_hook(lambda *_: self._include_new()),
+            inner.register_step_post_hook(lambda *_: self._count() and None),
+        ]
         return self
 
     def detach(self) -> None:
-        """Take the hook of `attach` away."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        """Take the hooks of `attach` away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizer = [], None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings, counters and the anchor: numbers, strings, tensors (not copied), safe for ``weights_only=True``."""
-        return {**{name: getattr(self, name) for name in _SETTINGS}, "anchor": dict(self.anchor)}
+        """Return settings, counters and the anchor: numbers, strings, tensors (not copied), safe for ``weights_only=True``.
+
+        Of an anchor in a file it holds the fingerprint and no tensors, unless the policy is "rolling", which moves the file on.
+        Tensors of sharded parameters are sharded, for `torch.distributed.checkpoint`.
+        """
+        rolling = self.policy == "rolling"
+        on_disk = not isinstance(self._kept, Memory) and not rolling
+        anchor = {} if on_disk else self.anchor
+        if rolling:
+            anchor = {name: with_local(leaf, local_of(leaf).clone()) for name, leaf in anchor.items()}
+        return {
+            **{name: getattr(self, name) for name in (*_SETTINGS, *_COUNTERS, "finished")},
+            "fingerprint": None if isinstance(self._kept, Memory) or rolling else self._kept.fingerprint,
+            "anchor": saved(anchor),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken, bit for bit; settings are taken over too.
 
-        The parameters themselves are the model's to load, before or after.
+        The parameters themselves are the model's to load, before or after. An anchor in a file is found by its fingerprint at
+        the path of this object, or in one of the files beside it.
 
         Raises:
             MismatchError: The anchor in the state is of another model; nothing was loaded.
+            CheckpointError: The file of the anchor is missing or damaged, or is another one.
             MergeError: The state is not one of SFA.
 
         """
         _check_state(state)
         parameters = _check_parameters(state["method"], state["parameters"])
         schedule = MergeSchedule(state["every"], state["total_steps"])
-        self.anchor = self._match(state["anchor"])
+        known, fingerprint = self._known(), state["fingerprint"]
+        kept: Anchor
+        if fingerprint is None:
+            anchor = restored(state["anchor"], known)
+            self._check_match(anchor, state["buffers"])
+            kept = keep(anchor, known, None, self._place, self._notes(state["steps_before"]))
+        elif isinstance(self._place, Path):
+            kept = anchor_folder.find(self._place, fingerprint, known)
+            self._check_match(kept.described, state["buffers"])
+        else:
+            raise MergeError(
+                "SFA: the state does not hold its anchor, which is in a file: build SFA with anchor= the path of that file"
+            )
+        self._replace(kept)
+        self._refused = None
         self.method, self.parameters, self.seed = state["method"], parameters, state["seed"]
         self.p = state["p"]
         self._every = None if self.p is not None else schedule.every
-        self._begin(schedule, *(state[name] for name in ("steps_before", "step_count", "merges", "last_merge_step")))
+        self.policy, self.optimizer_state = state["policy"], state["optimizer_state"]
+        self.buffers, self.lora = state["buffers"], state["lora"]
+        self._begin(schedule, *(state[name] for name in _COUNTERS), finished=state["finished"])
+
+    def save_anchor(self, path: str | Path) -> str:
+        """Write the anchor to a safetensors file, for `resume_from`; nothing is written where that file holds it already.
+
+        The anchor of sharded parameters is written by all processes, to a folder of `torch.distributed.checkpoint`.
+
+        The file is there complete, or as it was before, whenever the process dies.
+
+        Args:
+                path: The file; folders above it are made.
+
+        Returns:
+            The fingerprint: a hash of names, dtypes, shapes and bytes, which stands in the file's metadata too.
+
+        Raises:
+            CheckpointError: It cannot be written, or something that is no anchor is there.
+
+        """
+        if self._refused is not None:
+            raise self._refused
+        path, kept, notes = Path(path), self._kept, self._notes(self.steps_before)
+        anchor = self.anchor if isinstance(kept, Memory) else None
+        sharded = isinstance(kept, Folder) if anchor is None else any(map(is_sharded, anchor.values()))
+        if sharded:
+            return anchor_folder.save_once(path, self.anchor, notes)
+        check_path(path)
+        leaves = kept.stored if isinstance(kept, File) else self.anchor
+        fingerprint = kept.fingerprint if isinstance(kept, File) else fingerprint_of(leaves)
+        write(path, leaves, None, fingerprint, notes)
+        return fingerprint
+
+    def resume_from(self, path: str | Path, step: int) -> None:
+        """Go on with a task after so many of its steps, from an anchor that `save_anchor` wrote, or ``anchor=path``.
+
+        For loops that keep no `state_dict`: settings are those of this object. The merge that was due after that step counts as
+        done, as the weights were saved after it. The parameters are the model's to load, before or after.
+
+        Args:
+            path: The file; for sharded parameters, the folder.
+            step: How many steps of the task were done.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or not an anchor.
+            MismatchError: It is the anchor of another model: names, shapes or dtypes differ.
+            MergeError: The number of steps is none.
+
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise MergeError(f"SFA: step={step!r}: must be a number of steps, 0 or more")
+        known = self._known()
+        found = anchor_folder.find(Path(path), None, known)
+        self._check_match(found.described, self.buffers, by_dtype=True)
+        notes = {key: value for key, value in found.notes.items() if key == _STEPS_BEFORE}
+        if self._place != Path(path):
+            self._replace(keep(self._read(found), known, None, self._place, notes))
+        else:
+            self._replace(found)
+        self._refused = None
+        before = int(notes.get(_STEPS_BEFORE, 0))
+        self._begin(self._schedule, before, step, self._schedule.merges(step), self._schedule.last(step))
+
+    @property
+    def anchor(self) -> dict[str, Leaf]:
+        """The weights that the parameters are averaged with, by name; of an anchor in a file, they are read into memory."""
+        return self._read(self._kept)
 
     @property
     def beta(self) -> float:
@@ -219,117 +423,357 @@ class SFA:
         return self._schedule.total_steps
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: not what was prepared for the memory of these very parameters."""
-        return {**self.__dict__, "_prepared": None}
+        """What is copied and pickled: not what was prepared for the memory of these very parameters, nor hooks."""
+        return {**self.__dict__, "_prepared": None, "_hooks": [], "_optimizer": None, "_seen": set()}
 
     def __repr__(self) -> str:
         settings = [] if self.method == "sfa" else [f"method={self.method!r}"]
         settings += [f"{name}={value!r}" for name, value in self.parameters.items()]
         return (
             f"SFA({', '.join(settings)}, every={self.every}, total_steps={self.total_steps}, step={self.step_count}, "
-            f"{len(self.anchor)} tensors)"
+            f"{len(self._kept.names)} tensors)"
         )
 
-    def _begin(self, schedule: MergeSchedule, before: int, step: int = 0, merges: int = 0, last: int = 0) -> None:
+    # Counting
+
+    def _begin_task(self, schedule: MergeSchedule, before: int, *, resumable: bool = False) -> Anchor:
+        """Take an anchor, and start to count; if anything is wrong, nothing has changed.
+
+        What a saved anchor may take the place of, if it is ``resumable``, is only refused when it is used.
+        """
+        leaves = self._leaves()
+        if not any(leaf.requires_grad for leaf in leaves.values()):
+            raise MergeError(
+                "SFA: no parameter requires a gradient, so there is nothing to average; unfreeze before building SFA"
+            )
+        chosen = self._chosen(leaves, resumable=resumable)
+        plain = {name: leaf for name, leaf in chosen.items() if name not in _names(self._products(chosen, chosen))}
+        if plain:
+            rehearse(self._executor(plain, plain).plan)  # finds what cannot be merged before training
+        self._check_anchor(chosen)
+        kept = keep(chosen, chosen, self._anchor_dtype, self._place, self._notes(before))
+        self._begin(schedule, before)
+        return kept
+
+    def _begin(
+        self, schedule: MergeSchedule, before: int, step: int = 0, merges: int = 0, last: int = 0, *, finished: bool = False
+    ) -> None:
         self._schedule, self.steps_before = schedule, before
-        self.step_count, self.merges, self.last_merge_step = step, merges, last
+        self.step_count, self.merges, self.last_merge_step, self.finished = step, merges, last, finished
         self._prepared = None
+        self._warned = False
+        self._seen: set[int] = set()
+
+    def _check_ready(self) -> None:
+        """Refuse to go on with what the constructor could not refuse."""
+        if self._refused is not None:
+            raise self._refused
+        if self.optimizer_state == "reset" and self._optimizer is None:
+            raise MergeError('SFA: optimizer_state="reset" needs the optimizer: call attach(optimizer) in place of step()')
 
     def _count(self) -> bool:
+        self._check_ready()
+        self._kept.settle()
         self.step_count = step = self.step_count + 1
-        if self._schedule.due(step):
+        over = self.finished or (self.total_steps is not None and step > self.total_steps)
+        if over and not self._warned:
+            self._warned = True
+            _logger.warning("SFA: the task is over after %d steps; until new_task() nothing is merged", step - 1)
+        if not over and self._schedule.due(step):
             self._merge(step)
-            self.merges, self.last_merge_step = self.merges + 1, step
-        elif self.total_steps is not None and step == self.total_steps + 1:
-            _logger.warning(
-                "SFA: the task's %d steps are over, and its last merge is done; until new_task() nothing is merged", step - 1
-            )
         return self.last_merge_step == step
+
+    def _include_new(self) -> None:
+        """Take up parameters that were unfrozen since the last step; it costs a look at each that the optimizer has."""
+        assert self._optimizer is not None
+        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if not trained <= self._seen:
+            self.include()
+            self._seen = trained
+
+    # Merging
 
     @torch.no_grad()
     def _merge(self, step: int) -> None:
         """Average the parameters with the anchor, in place."""
-        current = self._trainable()
-        late = [name for name in current if name not in self.anchor]
+        leaves = self._leaves()
+        plain, pairs, late = self._divided(leaves)
         if late:
             raise MergeError(
-                f'SFA: "{late[0]}" was frozen, or not there, when the task began, and has no anchor; call new_task() '
-                "when parameters are unfrozen"
+                f'SFA: "{late[0]}" was frozen, or not there, when the task began, and has no anchor; call new_task() when '
+                "parameters are unfrozen; or, to go on with the task, include() before the optimizer moves them (attach() does)"
             )
         try:
-            self._executor(self.anchor, current).run()
+            factors = self._averaged_pairs(pairs, leaves)
+            if plain:
+                self._average(plain)
         except NonFiniteError as error:
             raise NonFiniteError(f"SFA, step {step}: nothing was merged\n{error}") from None
+        for name, values in factors.items():
+            leaves[name].copy_(values)
+        after_write(self._source)
+        self.merges, self.last_merge_step = self.merges + 1, step
+        merged = {**plain, **{name: leaves[name] for name in factors}}
+        if self.policy == "rolling":
+            self._update(merged)
+        if self.optimizer_state == "reset":
+            self._reset(merged)
 
-    def _executor(self, kept: Mapping[str, torch.Tensor], current: dict[str, torch.Tensor]) -> Executor:
-        """Prepare the merge of an anchor into the parameters; keep it as long as these stay where they are in memory."""
-        current = {name: current[name] for name in kept if name in current}
+    def _average(self, current: dict[str, Leaf]) -> None:
+        """Merge the anchor into these tensors, in place."""
+        if isinstance(self._kept, Folder):
+            self._executor(self._kept.tensors(current), current).run()
+            return
+        beside = self._kept.beside(current)
+        if beside is not None:
+            self._executor(beside, current, lasting=True).run()
+            return
+        spoiled = self._spoiled(current)  # in all of them, before any is written
+        if spoiled:
+            raise NonFiniteError(listing([f'current, tensor "{name}": NaN or Inf' for name in spoiled]))
+        for part in self._kept.brought(current, whole=self.parameters.get("scope") == "model"):
+            self._executor(part, {name: current[name] for name in part}).run()
+
+    def _executor(self, anchor: Mapping[str, Any], current: dict[str, Leaf], *, lasting: bool = False) -> Executor:
+        """Prepare the merge of an anchor into tensors; a ``lasting`` one is kept as long as these stay where they are."""
+        anchor = {name: anchor[name] for name in current}
         chosen = find(self.method)
         # the masks of a method that draws some are new at every step
         key = [
             self.parameters,
             not chosen.orderless and self.step_count,
-            *((name, p.data_ptr(), p.dtype, p.device, p.stride()) for name, p in current.items()),
+            *((name, place_of(leaf), leaf.dtype, leaf.device) for name, leaf in current.items()),
         ]
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
-        anchor = {name: kept[name].to(p.device) for name, p in current.items()}
         based = chosen.base == "required"
-        executor, _ = prepare(
-            chosen, [current] if based else [anchor, current], anchor if based else None, current,
-            backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters=self.parameters,
-            labels=["current", "anchor"] if based else ["anchor", "current"], constant=frozenset({-1 if based else 0}),
-            seed=(self.seed << 32) + self.steps_before + self.step_count, others=list(self._parameters()),
-        )  # fmt: skip
-        beside = all(anchor[name] is kept[name] for name in current)
-        self._prepared = (key, executor) if beside and executor.reads_in_place else None
+        models, base = ([current], anchor) if based else ([anchor, current], None)
+        labels = ["current", "anchor"] if based else ["anchor", "current"]
+        seed = (self.seed << 32) + self.steps_before + self.step_count
+        if any(map(is_source, anchor.values())):
+            executor = self._from_file(chosen, models, base, current, labels, seed)
+            in_place = all(leaf.is_contiguous() for leaf in current.values())
+        else:
+            executor, _ = prepare(
+                chosen, models, base, current,
+                backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, parameters=self.parameters,
+                labels=labels, constant=self._constant(labels), seed=seed, others=list(self._known()),
+            )  # fmt: skip
+            in_place = executor.reads_in_place
+        if lasting:
+            self._prepared = (key, executor) if in_place else None
         return executor
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        """All parameters by name, tied ones once, without the prefix of ``torch.compile``."""
-        if isinstance(self._source, torch.nn.Module):
-            return {name.replace("_orig_mod.", ""): p for name, p in self._source.named_parameters()}
-        return dict(self._source)  # _name made it a mapping
+    def _from_file(
+        self,
+        chosen: Method,
+        models: list[dict[str, Any]],
+        base: Mapping[str, Any] | None,
+        current: dict[str, Leaf],
+        labels: list[str],
+        seed: int,
+    ) -> Executor:
+        """Prepare a merge that reads the anchor from its file a window at a time."""
+        planned = plan(
+            chosen,
+            [open_model(model, label) for model, label in zip(models, labels, strict=False)],
+            None if base is None else open_model(base, "anchor"),
+            open_model(current, "out"),
+            parameters=self.parameters,
+            labels=labels,
+            seed=seed,
+            in_place=True,
+            check_first=True,
+            names=list(self._known()),
+        )
+        spans = {item.name: tuple(map(_span, item.leaves)) for item in planned.items}
+        return Executor(
+            planned, backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, spans=spans,
+            constant=self._constant(labels),
+        )  # fmt: skip
 
-    def _trainable(self) -> dict[str, torch.Tensor]:
-        """Parameters to average; of those that share all their memory the first."""
-        found: dict[Any, tuple[str, torch.Tensor]] = {}
-        for name, p in self._parameters().items():
-            if p.requires_grad:
-                found.setdefault((p.data_ptr(), p.shape, p.stride()) if p.numel() else name, (name, p))
-        return dict(found.values())
+    def _constant(self, labels: list[str]) -> frozenset[int]:
+        """Number the input that never changes, if the anchor does not."""
+        if self.policy == "rolling":
+            return frozenset()
+        return frozenset({-1 if labels[-1] == "anchor" else 0})
 
-    def _capture(self) -> dict[str, torch.Tensor]:
-        """Copy the trainable parameters."""
-        parameters = self._trainable()
-        if not parameters:
+    def _averaged_pairs(self, pairs: Sequence[Pair], leaves: Mapping[str, Leaf]) -> dict[str, torch.Tensor]:
+        """Average products of factors with those of the anchor; return the new factors by name."""
+        if not pairs:
+            return {}
+        anchor = self.anchor
+        parameters = Parameters(find(self.method), self.parameters, 2, [pair.b for pair in pairs], list(self._known()))
+        factors: dict[str, torch.Tensor] = {}
+        for pair in pairs:
+            current = tuple(leaves[name].detach() for name in pair)
+            kept = tuple(anchor[name].to(leaves[name].device) for name in pair)
+            spoiled = [name for name, values in zip(pair * 2, current + kept, strict=True) if not values.isfinite().all()]
+            if spoiled:
+                raise NonFiniteError(f'"{spoiled[0]}" holds NaN or Inf, so its product has no singular values')
+            new = low_rank.averaged(parameters.at(pair.b)["beta"], kept, current)
+            factors.update(zip(pair, new, strict=True))
+        return factors
+
+    def _reset(self, merged: Mapping[str, Leaf]) -> None:
+        """Clear what the optimizer keeps of these parameters."""
+        assert self._optimizer is not None
+        known = {id(leaf) for leaf in merged.values()} | {place_of(leaf) for leaf in merged.values()} - {None}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in known or place_of(parameter) in known:
+                    self._optimizer.state.pop(parameter, None)
+
+    # What is averaged
+
+    def _known(self) -> dict[str, Leaf]:
+        """All parameters and floating buffers by name."""
+        before_write(self._source)
+        return {**parameters_of(self._source), **buffers_of(self._source)}
+
+    def _leaves(self) -> dict[str, Leaf]:
+        """What could be averaged now: trainable parameters, and buffers if they are."""
+        before_write(self._source)
+        return {**trainable(self._source), **(buffers_of(self._source) if self.buffers == "average" else {})}
+
+    def _chosen(self, leaves: dict[str, Leaf], *, resumable: bool = False) -> dict[str, Leaf]:
+        """Leave out what needs no anchor, the partner of a LoRA factor that is zero; refuse what cannot be averaged."""
+        problems = [
+            f'SFA: "{name}" is {type(leaf).__name__}: quantised weights cannot be averaged; freeze it, and train an '
+            "adapter beside it"
+            for name, leaf in leaves.items()
+            if type(leaf).__name__ in _QUANTISED
+        ]
+        if problems:
+            raise MergeError(listing(problems))
+        low_rank.refuse_other_products(self._source)
+        pairs = pairs_of(leaves)
+        if pairs and self.method != "sfa":
             raise MergeError(
-                "SFA: no parameter requires a gradient, so there is nothing to average; unfreeze before building SFA"
+                f'SFA: {self.method} cannot merge LoRA factors ("{pairs[0].b}"), whose products are the weights; only '
+                'method "sfa" can: choose it, or merge whole models'
             )
-        open_model(parameters, "SFA")  # refuses parameters that cannot be merged
-        anchor = {
-            name: p.detach().to(self._anchor_device or p.device, self._anchor_dtype or p.dtype, copy=True)
-            for name, p in parameters.items()
-        }
-        spoiled = [name for name, tensor in anchor.items() if not tensor.isfinite().all()]
-        if spoiled and self._nonfinite == "error":
-            raise NonFiniteError(listing([f'SFA: the anchor of "{name}" would hold NaN or Inf' for name in spoiled]))
-        return anchor
+        if pairs and self.policy == "rolling" and self.lora == "exact":
+            raise MergeError(
+                'SFA: policy="rolling" averages products of LoRA factors from the second merge on, which is no product of '
+                'their rank; pass lora="svd" for the nearest one, or policy="fixed"'
+            )
+        if self.policy == "fixed":
+            factors = [(name, leaves[name]) for pair in pairs for name in pair]
+            moved = set(agreed([name for name, leaf in factors if local_of(leaf).any()], leaves.values()))
+            zeros = [(pair, name) for pair in pairs for name in (pair.b, pair.a) if name not in moved]
+            still = {pair: pair.other(name) for pair, name in reversed(zeros)}
+            leaves = {name: leaf for name, leaf in leaves.items() if name not in still.values()}
+            pairs = [pair for pair in pairs if pair not in still]
+            if pairs and self.lora == "exact":
+                refused = MergeError(
+                    f'SFA: neither "{pairs[0].a}" nor "{pairs[0].b}" is zero: the adapter has been trained before, and the '
+                    "average of two products of LoRA factors is no product of their rank; merge it into its base and add a "
+                    'fresh one (PEFT: merge_and_unload()), or pass lora="svd" for the nearest one that is'
+                )
+                if not resumable:
+                    raise refused
+                self._refused = refused
+        if self.lora == "svd" and any(is_sharded(leaves[name]) for name in _names(pairs)):
+            raise MergeError(
+                'SFA: lora="svd" needs whole factors, but they are sharded; merge the adapter into its base instead'
+            )
+        return leaves
 
-    def _match(self, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy a saved anchor to where this one is kept, after checking that it is one of this model."""
-        known = self._parameters()
-        problems = [f'"{name}": the saved anchor holds NaN or Inf' for name, t in saved.items() if not t.isfinite().all()]
-        problems += [f'the saved anchor has "{name}", which the model lacks' for name in saved if name not in known]
-        problems += [f'the saved anchor lacks "{name}"' for name in self._trainable() if name not in saved]
+    def _divided(self, leaves: Mapping[str, Leaf]) -> tuple[dict[str, Leaf], list[Pair], list[str]]:
+        """Divide tensors: what is averaged by itself, pairs whose products are, and names of those that have no anchor."""
+        kept = self._kept.names
+        products = self._products(kept, leaves)
+        together = _names(pairs_of(kept))
+        alone = {pair.other(name) for pair in pairs_of({**leaves, **dict.fromkeys(kept)}) for name in pair if name in kept}
+        plain = {name: leaf for name, leaf in leaves.items() if name in kept and name not in together}
+        return plain, products, [name for name in leaves if name not in kept and name not in alone]
+
+    def _products(self, kept: Iterable[str], leaves: Iterable[str]) -> list[Pair]:
+        """Pairs of which both factors have an anchor, and are trained."""
+        trained = set(leaves)
+        return [pair for pair in pairs_of(kept) if trained.issuperset(pair)]
+
+    # Anchors
+
+    def _notes(self, before: int) -> dict[str, str]:
+        return {_STEPS_BEFORE: str(before)}
+
+    def _read(self, kept: Anchor) -> dict[str, Leaf]:
+        """Return all tensors of an anchor, read into memory if they are not there."""
+        if isinstance(kept, File):
+            return kept.tensors()
+        known = self._known()
+        return kept.leaves(known) if isinstance(kept, Memory) else kept.tensors({name: known[name] for name in kept.names})
+
+    def _update(self, leaves: Mapping[str, Leaf]) -> None:
+        """Give the anchor the values of these tensors; it takes up those that it did not have."""
+        kept, dtype, notes = self._kept, self._anchor_dtype, self._notes(self.steps_before)
+        if isinstance(kept, Memory):
+            if not all(name in kept.names for name in leaves):
+                self._prepared = None
+            kept.take(leaves, dtype, self._place)
+            return
+        self._prepared = None
+        if isinstance(kept, File):
+            self._kept = kept.updated(leaves, dtype, notes)
+        else:
+            self._kept = kept.updated(leaves, self._known(), dtype, notes)
+
+    def _replace(self, kept: Anchor) -> None:
+        """Take another anchor; one on a disk that has not taken its place, and is not this one, is not needed any more."""
+        before = self._kept
+        if not isinstance(before, Memory) and (isinstance(kept, Memory) or kept.at != before.at):
+            before.drop()
+        self._kept = kept
+
+    def _check_anchor(self, leaves: Mapping[str, Leaf]) -> None:
+        """Refuse NaN and infinities in what is to be an anchor, in its dtype; all processes do if one finds some."""
+        spoiled = self._spoiled(leaves, self._anchor_dtype)
+        if spoiled:
+            raise NonFiniteError(listing([f'SFA: the anchor of "{name}" would hold NaN or Inf' for name in spoiled]))
+
+    def _spoiled(self, leaves: Mapping[str, Leaf], dtype: torch.dtype | None = None) -> list[str]:
+        """Name the tensors that hold NaN or Inf, or would in a dtype; none where that is allowed."""
+        if self._nonfinite == "allow":
+            return []
+        found = [name for name, leaf in leaves.items() if not local_of(leaf).to(dtype or leaf.dtype).isfinite().all()]
+        return agreed(found, leaves.values())
+
+    def _check_match(self, saved: Mapping[str, Any], buffers: str, *, by_dtype: bool = False) -> None:
+        """Check that a saved anchor is one of this model."""
+        known = self._known()
+        leaves = {**trainable(self._source), **(buffers_of(self._source) if buffers == "average" else {})}
+        alone = {pair.other(name) for pair in pairs_of(leaves) for name in pair if name in saved}
+        problems = [f'the saved anchor has "{name}", which the model lacks' for name in saved if name not in known]
+        problems += [f'the saved anchor lacks "{name}"' for name in leaves if name not in saved and name not in alone]
         problems += [
             f'"{name}": the saved anchor has shape {tuple(tensor.shape)}, the model {tuple(known[name].shape)}'
             for name, tensor in saved.items()
-            if name in known and tensor.shape != known[name].shape
+            if name in known and tuple(tensor.shape) != tuple(known[name].shape)
         ]
+        tensors = {name: tensor for name, tensor in saved.items() if isinstance(tensor, torch.Tensor | Shard)}
+        problems += [
+            f'"{name}": the saved anchor is sharded in another way than the model; load it with torch.distributed.checkpoint'
+            for name, tensor in tensors.items()
+            if name in known and local_of(tensor).shape != local_of(known[name]).shape and tensor.shape == known[name].shape
+        ]
+        if by_dtype:
+            expected = {name: dtype_name(self._anchor_dtype or leaf.dtype) for name, leaf in known.items()}
+            problems += [
+                f'"{name}": the saved anchor is {tensor.dtype}, that of the model would be {expected[name]}'
+                for name, tensor in saved.items()
+                if name in known and tensor.dtype != expected[name]
+            ]
+        if self._nonfinite == "error":
+            problems += [
+                f'"{name}": the saved anchor holds NaN or Inf'
+                for name, tensor in tensors.items()
+                if not local_of(tensor).isfinite().all()
+            ]
+        problems = agreed(problems, known.values())
         if problems:
             raise MismatchError(listing([f"SFA: {problem}" for problem in problems]))
-        return {name: t.detach().to(self._anchor_device or known[name].device, copy=True) for name, t in saved.items()}
 
 
 def _check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,16 +804,22 @@ def _schedule(p: float | None, every: int | None, total_steps: int | None) -> Me
     return MergeSchedule.from_fraction(p, total_steps)
 
 
+def _check_options(**options: object) -> None:
+    for name, value in options.items():
+        if value not in _OPTIONS[name]:
+            one, other = _OPTIONS[name]
+            raise MergeError(f'SFA: {name}={value!r}: must be "{one}" or "{other}"')
+
+
 def _check_state(state: Mapping[str, Any]) -> None:
     """Refuse a state that `SFA.state_dict` cannot have returned."""
-    missing = [name for name in (*_SETTINGS, "anchor") if name not in state]
+    missing = [name for name in (*_SETTINGS, *_COUNTERS, "finished", "fingerprint", "anchor") if name not in state]
     if missing:
         raise MergeError(f'SFA: the state lacks "{missing[0]}"; pass what SFA.state_dict() returned')
-    counters = ("steps_before", "step_count", "merges", "last_merge_step")
-    wrong = [name for name in counters if not isinstance(state[name], int) or state[name] < 0]
-    wrong += [
-        name for name, kind in (("method", str), ("parameters", dict), ("seed", int)) if not isinstance(state[name], kind)
-    ]
+    wrong = [name for name in _COUNTERS if not isinstance(state[name], int) or state[name] < 0]
+    kinds = {"method": str, "parameters": dict, "seed": int, "finished": bool, "fingerprint": str | None}
+    wrong += [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+    wrong += [name for name, known in _OPTIONS.items() if name in _SETTINGS and state[name] not in known]
     if not isinstance(state["anchor"], Mapping) or not all(_is_floating(t) for t in state["anchor"].values()):
         wrong.append("anchor")
     if state["p"] is not None:
@@ -379,24 +829,28 @@ def _check_state(state: Mapping[str, Any]) -> None:
 
 
 def _is_floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    if isinstance(value, Mapping):
+        return all(map(_is_floating, value.values()))
+    return isinstance(value, torch.Tensor | Shard) and value.dtype.is_floating_point
 
 
-def _name(parameters: Any) -> dict[str, torch.Tensor]:
-    """Name parameters that come without a module; each is taken once."""
-    named: dict[str, torch.Tensor] = {}
-    if isinstance(parameters, torch.Tensor):
-        parameters = [parameters]
-    if not isinstance(parameters, Iterable):
-        raise MergeError(f"SFA: got {type(parameters).__name__}; pass a torch.nn.Module, or its parameters")
-    for index, item in enumerate(parameters):
-        name, parameter = item if isinstance(item, tuple) else (f"parameter {index}", item)
-        if not isinstance(parameter, torch.Tensor):
-            raise MergeError(
-                f"SFA: {name} is {type(parameter).__name__}; pass a torch.nn.Module, parameters, or pairs of name and parameter"
-            )
-        if name in named and named[name] is not parameter:
-            raise MergeError(f'SFA: two parameters are called "{name}"; give them names of their own')
-        if not any(parameter is other for other in named.values()):
-            named[name] = parameter
-    return named
+def _place(anchor: object) -> Place:
+    """Check where an anchor is to be kept."""
+    if anchor == "memory" or anchor == "cpu":
+        return anchor
+    if not isinstance(anchor, str | Path):
+        raise MergeError(f'SFA: anchor={anchor!r}: must be "memory", "cpu", or a path')
+    return Path(anchor)
+
+
+def _names(pairs: Iterable[Pair]) -> set[str]:
+    return {name for pair in pairs for name in pair}
+
+
+def _span(leaf: Any) -> Any:
+    """Make a span of what lies in a file, of which nothing is read yet; of an array its memory."""
+    if is_source(leaf):
+        return Incoming(leaf)
+    library = library_of(leaf)
+    assert library is not None
+    return library.span(leaf)

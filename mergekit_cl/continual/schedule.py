@@ -44,6 +44,26 @@ class MergeSchedule:
             return step == self.total_steps
         return step % self.every == 0
 
+    def merges(self, step: int) -> int:
+        """How many merges are done after this step.
+
+        >>> [MergeSchedule(4, 10).merges(step) for step in (3, 4, 9, 10, 11)]
+        [0, 1, 2, 3, 3]
+        """
+        if self.total_steps is None or step < self.total_steps:
+            return step // self.every
+        return (self.total_steps - 1) // self.every + 1
+
+    def last(self, step: int) -> int:
+        """Return the step of the last merge that is done after this step; 0 if there is none.
+
+        >>> [MergeSchedule(4, 10).last(step) for step in (3, 4, 9, 10, 11)]
+        [0, 4, 8, 10, 10]
+        """
+        if self.total_steps is None or step < self.total_steps:
+            return step // self.every * self.every
+        return self.total_steps
+
 
 def _steps(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:

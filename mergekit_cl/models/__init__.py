@@ -1,8 +1,9 @@
 """What a user may pass as a model, and how a result of its kind is built.
 
 A model is a *container* (one array, a mapping, a ``torch.nn.Module``, a JAX pytree) of *leaves*, the arrays of a library.
-Containers are opened here; one file per library knows its leaves: `numpy`, `torch`, `jax`. A library is never imported for
-a user who did not: its leaves can only exist where it is in ``sys.modules`` already.
+Containers are opened here; one file per library knows its leaves: `numpy`, `torch`, `jax`; `sharded` knows tensors of which
+every process holds a part. A library is never imported for a user who did not: its leaves can only exist where it is in
+``sys.modules`` already.
 """
 
 import copy
@@ -12,18 +13,24 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import Span
 from mergekit_cl.layout import Entry, Layout
+
+if TYPE_CHECKING:
+    from mergekit_cl.models.sharded import Share
 
 Leaf: TypeAlias = Any
 """An array of one of the libraries."""
 
 
 class Library(Protocol):
-    """What a file of this package tells about the arrays of its library."""
+    """What a file of this package tells about the arrays of its library.
+
+    The memory of an array of which this process holds a part (`share_of`) is that part; its shape is that of the whole.
+    """
 
     def owns(self, value: object) -> bool:
         """Whether a value is an array of this library."""
@@ -56,7 +63,13 @@ class Library(Protocol):
         """Finish a write in place: copy ``span`` into a leaf that was not contiguous, and tell the library."""
 
 
-_LIBRARIES = {"numpy": "numpy", "torch": "torch", "jax": "jax", "mergekit_cl.checkpoint.stored": "stored"}
+_LIBRARIES = {
+    "numpy": "numpy",
+    "torch.distributed.tensor": "sharded",
+    "torch": "torch",
+    "jax": "jax",
+    "mergekit_cl.checkpoint.stored": "stored",
+}
 """The module that brings an array into being, and the file of this package that knows it."""
 
 
@@ -102,6 +115,12 @@ def describe(leaf: Leaf, name: str) -> Entry:
     if library is None:
         raise MergeError(f"{name or 'the value'}: {type(leaf).__name__} is not an array of NumPy, PyTorch or JAX")
     return library.describe(leaf, name)
+
+
+def share_of(leaf: Leaf) -> "Share | None":
+    """Return what this process holds of an array that processes share; ``None`` if that is all of it."""
+    sharded = sys.modules.get("mergekit_cl.models.sharded")
+    return None if sharded is None else cast("Share | None", sharded.share(leaf))
 
 
 def open_model(value: Any, where: str) -> Model:

@@ -13,6 +13,9 @@ from mergekit_cl.errors import MergeError
 from mergekit_cl.kernels import Span
 from mergekit_cl.layout import Entry
 
+_ALIGNMENT = 64
+"""Bytes; XLA takes over memory on the CPU that begins at a multiple of it, and copies any other."""
+
 
 def owns(value: object) -> bool:
     """See `mergekit_cl.models.Library`, also for the functions below."""
@@ -24,6 +27,11 @@ def describe(leaf: jax.Array, name: str) -> Entry:
         raise MergeError("a traced array has no memory; call merge outside jax.jit")
     if leaf.is_deleted():
         raise MergeError("the array was deleted or donated; merge before it is, or copy it")
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        raise MergeError(
+            "this process holds only a part of the array; gather it first, with jax.experimental.multihost_utils."
+            "process_allgather, or merge under jax.jit with mergekit_cl.adapters.flax.sfa_merge"
+        )
     dtype = "uint32" if _is_key(leaf) else dtype_name(leaf.dtype)
     check_mergeable(dtype, "JAX array")
     return Entry(name, _data(leaf).shape, dtype, _device(leaf), ("jax", id(leaf)))
@@ -34,11 +42,15 @@ def memory(leaf: jax.Array) -> tuple[int, int]:
 
 
 def span(leaf: jax.Array) -> Span:
-    if _device(leaf) != "cpu":
-        import torch
-
-        return torch.from_dlpack(_data(leaf)).reshape(-1)
-    return np.asarray(_data(leaf)).reshape(-1)
+    data = _data(leaf)
+    if data.is_fully_replicated:
+        return _view(data.addressable_data(0), _first_device(data)).reshape(-1)
+    span = empty(leaf, dtype_name(data.dtype))
+    whole = span.reshape(data.shape)
+    for shard in data.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = _view(shard.data, _first_device(data))
+    return span
 
 
 def dense(leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
@@ -50,7 +62,10 @@ def empty(leaf: jax.Array, dtype: str) -> Span:
         import torch
 
         return torch.empty(_data(leaf).size, dtype=getattr(torch, dtype), device=_device(leaf))
-    return np.empty(_data(leaf).size, type_of.get(dtype, dtype))
+    stored = np.dtype(type_of.get(dtype, dtype))
+    memory = np.empty(_data(leaf).size * stored.itemsize + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + memory.size - _ALIGNMENT].view(stored)
 
 
 def build(span: Span, leaf: jax.Array) -> jax.Array:
@@ -58,7 +73,7 @@ def build(span: Span, leaf: jax.Array) -> jax.Array:
     array = jax.numpy.from_dlpack(span) if _device(leaf) != "cpu" else span
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        array = jax.device_put(array.reshape(data.shape), data.sharding)
+        array = jax.device_put(array.reshape(data.shape), data.sharding if data.committed else None)
     if dtype_name(array.dtype) != dtype_name(span.dtype):
         raise MergeError(f"JAX has no {dtype_name(span.dtype)} unless jax.config.update('jax_enable_x64', True) is called")
     return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
@@ -90,7 +105,20 @@ def _data(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
+def _view(data: jax.Array, device: jax.Device) -> Span:
+    """View an array of one device as NumPy's, or, brought to this GPU, as PyTorch's."""
+    if device.platform == "cpu":
+        return np.asarray(data)
+    import torch
+
+    return torch.from_dlpack(jax.device_put(data, device))
+
+
 def _device(leaf: jax.Array) -> str:
-    """Name the device as torch does: "cpu", "cuda:1"."""
-    device = next(iter(leaf.devices()))
+    """Name the device as torch does: "cpu", "cuda:1"; of an array that is spread over several the first."""
+    device = _first_device(leaf)
     return "cpu" if device.platform == "cpu" else f"cuda:{device.local_hardware_id or 0}"
+
+
+def _first_device(leaf: jax.Array) -> jax.Device:
+    return min(leaf.sharding.addressable_devices, key=lambda device: device.id)

@@ -2,14 +2,19 @@
 
 import copy
 import io
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from mergekit_cl import MergeError, MismatchError, NonFiniteError, merge, methods
 from mergekit_cl.adapters.torch import SFA
+from mergekit_cl.continual.schedule import MergeSchedule
 
 X, Y = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
 
@@ -38,6 +43,14 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("options", "steps", "expected"),
     [
@@ -56,6 +69,14 @@ def test_merge_points(options: dict[str, Any], steps: int, expected: list[int]) 
     sfa = SFA(model, **options)
     assert train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps, sfa) == expected
     assert (sfa.merges, sfa.last_merge_step, sfa.step_count) == (len(expected), expected[-1], steps)
+
+
+@given(st.integers(1, 7), st.none() | st.integers(1, 12), st.integers(0, 15))
+def test_the_merges_that_are_done_after_a_step_are_those_that_were_due(every: int, total: int | None, step: int) -> None:
+    schedule = MergeSchedule(every, total)
+    due = [number for number in range(1, step + 1) if schedule.due(number)]
+    assert schedule.merges(step) == len(due)
+    assert schedule.last(step) == max(due, default=0)
 
 
 def test_the_formula_by_hand() -> None:
@@ -169,10 +190,207 @@ def test_parameters_unfrozen_on_the_way_are_refused_at_the_merge() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     train(model, optimizer, 1, sfa)
     model[0].requires_grad_(True)
-    with pytest.raises(MergeError, match=r'"0.weight" was frozen.*call new_task\(\)'):
+    with pytest.raises(MergeError, match=r'"0.weight" was frozen.*call new_task\(\).*include\(\) before.*attach\(\) does'):
         train(model, optimizer, 1, sfa)
     sfa.new_task()
     assert train(model, optimizer, 2, sfa) == [2]
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+@pytest.mark.parametrize("attached", [True, False])
+def test_parameters_unfrozen_on_the_way_are_averaged_with_what_they_were(place: str, attached: bool, tmp_path: Path) -> None:
+    model = network()
+    before = weights(model)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sfa = SFA(model, beta=1.0, every=3, anchor="memory" if place == "memory" else tmp_path / "anchor.safetensors")
+    if attached:
+        sfa.attach(optimizer)
+    assert sorted(sfa.anchor) == ["2.bias", "2.weight"]
+    for step in range(1, 4):
+        if step == 2:
+            model[0].weight.requires_grad_(True)
+        if step == 3:
+            model[0].bias.requires_grad_(True)
+        if not attached:
+            assert sfa.include() == [[], ["0.weight"], ["0.bias"]][step - 1]
+        merged = train(model, optimizer, 1, None if attached else sfa)
+        assert merged == ([1] if step == 3 and not attached else [])
+    assert sfa.merges == 1
+    assert equal(before, weights(model))
+    assert equal(before, sfa.anchor)
+
+
+def test_parameters_frozen_on_the_way_are_left_alone() -> None:
+    model = network()
+    sfa = SFA(model, beta=1.0, every=2)
+    before = weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    train(model, optimizer, 1, sfa)
+    model[2].requires_grad_(False)
+    train(model, optimizer, 1, sfa)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[2].weight, before["2.weight"])
+
+
+def test_a_loop_that_ends_early_is_finalized(caplog: pytest.LogCaptureFixture) -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    sfa = SFA([weight], beta=0.5, every=3, total_steps=9)
+    assert not sfa.finalize()  # no step was done
+    sfa.new_task(9)
+    for _ in range(4):
+        with torch.no_grad():
+            weight.fill_(4.0)
+        sfa.step()
+    assert sfa.last_merge_step == 3
+    state = sfa.state_dict()
+    assert sfa.finalize()
+    assert weight.item() == 2.0
+    assert (sfa.merges, sfa.last_merge_step, sfa.step_count) == (2, 4, 4)
+    assert not sfa.finalize()
+    again = SFA([weight], every=1)
+    again.load_state_dict(sfa.state_dict())
+    assert not again.finalize()
+    assert not [step for step in range(5, 11) if again.step()]  # the task is over: 6 and 9 are no merges any more
+    assert weight.item() == 2.0
+    assert [record.getMessage().count("over after 4 steps") for record in caplog.records] == [1]
+    again.new_task(2)
+    assert [again.step(), again.step()] == [True, True] if again.every == 1 else [False, True]
+    sfa.load_state_dict(state)
+    assert sfa.finalize()
+
+
+def test_a_merge_of_the_last_step_is_not_done_again_by_finalize() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    for options in ({"every": 2}, {"every": 5, "total_steps": 4}, {"every": 5, "total_steps": 3}):
+        sfa = SFA([weight], **options)
+        for _ in range(4):
+            sfa.step()
+        assert not sfa.finalize(), options
+
+
+def test_optimizer_state_is_cleared_where_it_was_merged() -> None:
+    model = network()
+    model[2].requires_grad_(False)
+    other = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([*model.parameters(), other], 0.01)
+    sfa = SFA(model, every=2, optimizer_state="reset").attach(optimizer)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        other.grad = torch.ones(2)
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        assert len(optimizer.state) == (1 if step == 2 else 3)
+        assert optimizer.state[other]["step"] == step
+    assert optimizer.state[model[0].weight]["step"] == 1
+    with pytest.raises(MergeError, match=r'optimizer_state="reset" needs the optimizer: call attach\(optimizer\)'):
+        SFA(model, every=2, optimizer_state="reset").step()
+    del sfa
+
+
+def test_buffers_are_averaged_if_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model.register_buffer("table", torch.ones(2), persistent=False)
+    model.register_buffer("narrow", torch.ones(2, dtype=torch.float16))
+    model.register_buffer("tied", model[1].running_mean)
+    by_hand = copy.deepcopy(model)
+    anchor = weights(by_hand)
+    sfa = SFA(model, beta=0.3, every=2, buffers="average")
+    assert sorted(set(sfa.anchor) - dict(model.named_parameters()).keys()) == ["1.running_var", "narrow", "tied"]
+    for each in (model, by_hand):
+        optimizer = torch.optim.SGD(each.parameters(), 0.1)
+        train(each, optimizer, 2, sfa if each is model else None)
+    del anchor["1.num_batches_tracked"]
+    merged = merge([anchor, {name: tensor for name, tensor in weights(by_hand).items() if name in anchor}], beta=0.3)
+    assert equal(merged, weights(model))
+    assert model[1].num_batches_tracked == 2
+    assert model.table.tolist() == [1.0, 1.0]
+    state = sfa.state_dict()
+    del state["anchor"]["narrow"]
+    with pytest.raises(MismatchError, match='the saved anchor lacks "narrow"'):
+        sfa.load_state_dict(state)
+
+
+def test_rolling_by_hand() -> None:
+    weight = nn.Parameter(torch.tensor([8.0]))
+    sfa = SFA([weight], beta=0.5, every=1, policy="rolling")
+    held = sfa.state_dict()
+    for expected in (4.0, 2.0, 1.0):  # with the fixed policy 4, 4, 4
+        with torch.no_grad():
+            weight.zero_()
+        sfa.step()
+        assert weight.item() == expected
+    assert held["anchor"]["parameter 0"].item() == 8.0
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        sfa.step()
+    assert sfa.anchor["parameter 0"].item() == 1.0
+
+
+def test_an_anchor_that_rolls_is_checked_every_time() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    sfa = SFA([weight], beta=0.5, every=1, policy="rolling")
+    sfa.step()
+    sfa.anchor["parameter 0"][0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"anchor, tensor .parameter 0.: 1 NaN"):
+        sfa.step()
+
+
+class Params4bit(nn.Parameter):
+    """As bitsandbytes calls it."""
+
+
+def test_quantised_parameters() -> None:
+    model = network()
+    model[0].weight = Params4bit(torch.zeros(8, 4), requires_grad=True)
+    with pytest.raises(MergeError, match=r'SFA: "0.weight" is Params4bit: quantised weights cannot be averaged; freeze it'):
+        SFA(model, every=1)
+    model[0].weight = Params4bit(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
+    assert sorted(SFA(model, every=1).anchor) == ["0.bias", "2.bias", "2.weight"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models_are_trained_on(backend: str) -> None:
+    plain, model = network(), network()
+    compiled = torch.compile(model, backend=backend)
+    results = []
+    for each in (plain, compiled):
+        optimizer = torch.optim.SGD(each.parameters(), 0.1)
+        sfa = SFA(each, beta=0.3, every=2)
+        pointers = [p.data_ptr() for p in each.parameters()]
+        train(each, optimizer, 4, sfa)
+        assert sfa.merges == 2
+        assert [p.data_ptr() for p in each.parameters()] == pointers
+        results.append(sfa.anchor)
+    assert equal(*results)
+    assert equal(weights(plain), weights(model))
+
+
+def test_accumulated_gradients_are_one_step() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sfa = SFA(model, every=2).attach(optimizer)
+    for batch in range(1, 13):
+        nn.functional.cross_entropy(model(X), Y).backward()
+        if batch % 3 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (sfa.step_count, sfa.merges) == (4, 2)
+
+
+def test_an_optimizer_in_a_wrapper_is_found() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sfa = SFA(model, every=1).attach(Wrapper(Wrapper(optimizer)))
+    optimizer.step()
+    assert sfa.step_count == 1
+    with pytest.raises(MergeError, match=r"Linear has no hooks after its steps; call step\(\)"):
+        SFA(model, every=1).attach(nn.Linear(1, 1))
 
 
 def test_tied_parameters_are_merged_once() -> None:
@@ -240,7 +458,7 @@ def test_parameters_stay_where_they_are_and_autograd_sees_the_write() -> None:
 
 def test_anchor_dtype() -> None:
     weight = nn.Parameter(torch.tensor([1.0 + 2**-9, 70000.0]))
-    sfa = SFA([weight], beta=1.0, every=1, anchor_dtype=torch.bfloat16, anchor_device="cpu")
+    sfa = SFA([weight], beta=1.0, every=1, anchor_dtype=torch.bfloat16, anchor="cpu")
     assert sfa.anchor["parameter 0"].dtype == torch.bfloat16
     sfa.step()
     assert weight.tolist() == [1.0, 70144.0]
@@ -293,7 +511,7 @@ def test_steps_beyond_the_task_are_reported_once(caplog: pytest.LogCaptureFixtur
     assert train(model, optimizer, 2, sfa) == [1, 2]
     assert not sfa.step()
     assert not sfa.step()
-    assert [record.getMessage().count("2 steps are over") for record in caplog.records] == [1]
+    assert [record.getMessage().count("over after 2 steps") for record in caplog.records] == [1]
 
 
 def test_loss_scaling_skips_are_not_steps_when_attached() -> None:
@@ -323,6 +541,10 @@ def test_loss_scaling_skips_are_not_steps_when_attached() -> None:
         ((), {"every": 0}, "every=0"),
         ((), {"every": 2.5}, "every=2.5"),
         ((), {"total_steps": 0}, "total_steps=0"),
+        ((), {"every": 1, "policy": "roll"}, 'policy=\'roll\': must be "fixed" or "rolling"'),
+        ((), {"every": 1, "optimizer_state": None}, "optimizer_state=None"),
+        ((), {"every": 1, "buffers": True}, "buffers=True"),
+        ((), {"every": 1, "lora": "cat"}, "lora='cat'"),
     ],
 )
 def test_bad_settings(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
@@ -360,11 +582,13 @@ def test_parameters_that_share_their_memory_are_merged_once() -> None:
 
 def test_copies_and_pickles() -> None:
     model = network()
-    sfa = SFA(model, every=2)
-    train(model, torch.optim.SGD(model.parameters(), 0.1), 3, sfa)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sfa = SFA(model, every=2).attach(optimizer)
+    train(model, optimizer, 3)
     again = copy.deepcopy(sfa)
     assert (again.step_count, again.merges) == (3, 1)
     assert equal(again.anchor, sfa.anchor)
+    assert again.step()  # a copy is attached to nothing
 
 
 def test_nothing_to_train_and_strange_parameters() -> None:
@@ -382,6 +606,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     with pytest.raises(MergeError, match='lacks "anchor"'):
         sfa.load_state_dict({k: v for k, v in state.items() if k != "anchor"})
     damaged: list[tuple[str, Any]] = [("step_count", "x"), ("merges", -1), ("anchor", [1]), ("p", 7.0), ("every", 0)]
+    damaged += [("finished", 1), ("policy", "x"), ("fingerprint", 3)]
     for name, value in [*damaged, ("seed", 1.5), ("method", 3), ("parameters", [0.5])]:
         with pytest.raises(MergeError, match=name):
             sfa.load_state_dict({**sfa.state_dict(), name: value})

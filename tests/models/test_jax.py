@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mergekit_cl import MergeError, merge
+from mergekit_cl.models.jax import build, empty, span
+
+jax.config.update("jax_num_cpu_devices", 8)  # has to be said before the first array is made
 
 
 def test_arrays_and_nested_parameters() -> None:
@@ -63,13 +67,54 @@ def test_the_same_array_twice_stays_one() -> None:
     assert merged["embed"] is merged["head"]
 
 
-def test_reading_makes_no_copy() -> None:
-    from mergekit_cl.models.jax import span
-
-    array = jnp.arange(1000.0)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_copied(dtype: str) -> None:
+    array = jnp.arange(1000).astype(dtype).reshape(10, 100)
     assert span(array).ctypes.data == array.unsafe_buffer_pointer()
-    half = array.astype(jnp.bfloat16)
-    assert span(half).ctypes.data == half.unsafe_buffer_pointer()
+    memory = empty(array, dtype)
+    memory[:] = 3
+    result = build(memory, array)
+    assert result.unsafe_buffer_pointer() == memory.ctypes.data
+    assert result.tolist() == [[3] * 100] * 10
+    donated = jax.jit(lambda x: x + 1, donate_argnums=0)(result)  # XLA may write there, or not, but no number changes
+    assert donated.tolist() == [[4] * 100] * 10
+
+
+def test_results_are_where_the_first_model_is() -> None:
+    here, there = jnp.ones(3), jax.device_put(jnp.ones(3), jax.devices()[5])
+    assert merge([there, there]).devices() == {jax.devices()[5]}
+    assert merge([there, there]).committed
+    assert not merge([here, here]).committed  # it goes along with arrays on any device, as the model does
+
+
+@pytest.mark.parametrize("spec", [("x", "y"), ("y",), (None, "x"), (), (("x", "y"),)], ids=str)
+@pytest.mark.parametrize(("method", "parameters"), [("sfa", {"beta": 0.3}), ("slerp", {"t": 0.3})])
+def test_sharded_over_devices(spec: tuple[Any, ...], method: str, parameters: dict[str, float]) -> None:
+    random = np.random.default_rng(0)
+    arrays = [random.standard_normal((16, 8)).astype(np.float32) for _ in range(2)]
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharded = [jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec))) for array in arrays]
+    merged = merge(sharded, method, **parameters)
+    assert np.asarray(merged).tobytes() == merge(arrays, method, **parameters).tobytes()
+    assert merged.sharding == sharded[0].sharding
+    assert not np.array_equal(merged, arrays[0])
+
+
+def test_no_copy_of_a_sharded_array_is_kept() -> None:
+    """JAX would keep what `numpy.asarray` gathered beside the shards, for as long as the array lives."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    array = jax.device_put(jnp.arange(64.0), NamedSharding(mesh, PartitionSpec("x")))
+    assert span(array).tolist() == list(range(64))
+    assert array._npy_value is None
+
+
+def test_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = jnp.arange(4.0)
+    monkeypatch.setattr(type(array), "is_fully_addressable", False)
+    assert merge([array, array]).tolist() == [0, 1, 2, 3]  # each process has all of it
+    monkeypatch.setattr(type(array), "is_fully_replicated", False)
+    with pytest.raises(MergeError, match="this process holds only a part of the array; gather it first"):
+        merge([array, array])
 
 
 def test_float64_needs_to_be_enabled() -> None:
