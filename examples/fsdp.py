@@ -27,13 +27,15 @@ def train(rank: int = 0, meeting_point: str = "env://", processes: int = -1) -> 
     sfa = None
     for number, task in enumerate(TASKS):
         if number:  # there is something to forget from the second task on; every process averages its own shards
-            sfa = SFA(model, beta=0.5, p=0.25, total_steps=STEPS).attach(optimizer)
+            sfa = SFA(model, beta=0.5, p=0.25, total_steps=STEPS)
         for _ in range(STEPS):
             batch = torch.randint(len(task.train_images), (64,))
             loss = torch.nn.functional.cross_entropy(model(task.train_images[batch]), task.train_digits[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if sfa is not None:
+                sfa.step()
         found = score(model, TASKS)
         if dist.get_rank() == 0:
             print(f"after task {number + 1}:", *(f"task {i + 1} {accuracy:.3f}" for i, accuracy in enumerate(found)))

@@ -658,7 +658,7 @@ class SFA:
                 'SFA: policy="rolling" averages products of LoRA factors from the second merge on, which is no product of '
                 'their rank; pass lora="svd" for the nearest one, or policy="fixed"'
             )
-        if self.policy == "fixed":
+        if pairs and self.policy == "fixed":
             factors = [(name, leaves[name]) for pair in pairs for name in pair]
             moved = set(agreed([name for name, leaf in factors if local_of(leaf).any()], leaves.values()))
             zeros = [(pair, name) for pair in pairs for name in (pair.b, pair.a) if name not in moved]
@@ -744,6 +744,12 @@ class SFA:
         """Check that a saved anchor is one of this model."""
         known = self._known()
         leaves = {**trainable(self._source), **(buffers_of(self._source) if buffers == "average" else {})}
+        other = [name for name, tensor in saved.items() if isinstance(tensor, Mapping)]
+        if agreed(other, known.values()):
+            raise MismatchError(
+                f'SFA: "{other[0] if other else next(iter(saved))}": the saved anchor is of other shards than the model has; '
+                "load it in as many processes as saved it"
+            )
         alone = {pair.other(name) for pair in pairs_of(leaves) for name in pair if name in saved}
         problems = [f'the saved anchor has "{name}", which the model lacks' for name in saved if name not in known]
         problems += [f'the saved anchor lacks "{name}"' for name in leaves if name not in saved and name not in alone]

@@ -27,11 +27,10 @@ def before_write(module: nn.Module) -> None:
     for _, part in _parts(module, "FSDPModule"):
         part.reshard()
     for _, part in _parts(module, "FullyShardedDataParallel"):
-        handle = part._handle
-        if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+        if part._handle is not None and _is_gathered(part._handle):
             from torch.distributed.fsdp._runtime_utils import _reshard
 
-            _reshard(part, handle, True)
+            _reshard(part, part._handle, True)
 
 
 def shards_of(module: nn.Module) -> dict[str, Leaf]:
@@ -86,6 +85,11 @@ def _groups(leaves: Iterable[Leaf]) -> list[dist.ProcessGroup | None]:
             for group in leaf.device_mesh.get_all_groups():
                 groups.setdefault(group, group)
     return list(groups.values())
+
+
+def _is_gathered(handle: Any) -> bool:
+    """Whether FSDP1 holds the whole of parameters that it shards; before the first forward pass it never does."""
+    return handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard") and not handle.needs_unshard()
 
 
 def _flattened(handle: Any) -> Iterator[tuple[str, Leaf]]:

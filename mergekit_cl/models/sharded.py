@@ -2,14 +2,14 @@
 
 All processes that share a tensor call `mergekit_cl.merge` with the same names, and each gets its part of the result: bit for
 bit that of the merge of the whole tensors. The spans of a sharded leaf are those of its part. What a merge sends between
-the processes depends on what it asks about a tensor (`mergekit_cl.steps`); n is the number of its elements:
+the processes depends on what it asks about a tensor (`mergekit_cl.steps`):
 
 | what a method asks for | what is sent |
 | --- | --- |
 | `Sum`, `Consensus`, `Elementwise`, random masks too | nothing |
 | `KthMagnitude`, `KthOf` | a histogram of each cut, in one sum over the processes for all tensors, for each round (2 to 6) |
 | `Gram`, `KeptMagnitude`, `SumOf` | the blocks of 65,536 elements that are cut between processes, and a number for each block |
-| `along=`, `rows=`, `SumOfSlices`, `PerRow`, `PerMatrix` | the whole tensor, one tensor after another, n elements of memory |
+| `along=`, `rows=`, `SumOfSlices`, `PerRow`, `PerMatrix` | the whole tensor, one after another; for `KthOf` in each round |
 | with ``nonfinite="error"`` | one number for each merge |
 
 A part that is not a range of the flattened tensor (`DTensor` sharded by columns, or over two dimensions of a mesh in turn)

@@ -445,15 +445,17 @@ def test_penalties_by_hand_and_by_position() -> None:
 
 
 def test_ewc_keeps_the_mean_of_the_tasks() -> None:
-    state = ewc(1.0).init(jnp.zeros(3))
-    state = new_task(state, jnp.float32([1, 1, 1]), fisher=jnp.float32([3, 0, 2]))
-    state = new_task(state, jnp.float32([5, 7, 1]), fisher=jnp.float32([1, 0, 0]))
+    state = ewc(1.0).init(jnp.zeros(3, jnp.bfloat16))
+    assert (state.anchor.dtype, state.fisher.dtype) == (jnp.float32, jnp.float32)
+    state = new_task(state, jnp.bfloat16([1, 1, 1]), fisher=jnp.float32([3, 0, 2]))
+    state = new_task(state, jnp.bfloat16([5, 7, 1]), fisher=jnp.float32([1, 0, 0]))
     assert state.fisher.tolist() == [4, 0, 2]
     assert state.anchor.tolist() == [2, 7, 1]  # (3 * 1 + 1 * 5) / 4; nothing counts; only the first counts
 
 
 def test_fisher_by_hand() -> None:
     def loss(params: Tree, batch: Tree) -> jax.Array:
+        assert batch["x"].ndim == 1  # a sample alone is a batch too
         return (params["w"] * batch["x"]).mean()
 
     batches = [{"x": jnp.float32([1, 3])}, {"x": jnp.float32([2, 4])}, {"x": jnp.float32([5])}]

@@ -322,6 +322,22 @@ def frozen_parameters_are_left_alone(folder: Path) -> None:
     assert [name for name in before if torch.equal(before[name], after[name])] == ["second.bias", "second.weight"]
 
 
+def parameters_unfrozen_on_the_way(folder: Path) -> None:
+    model = sharded()
+    model.second.requires_grad_(False)
+    optimizer = adam(model)
+    sfa, anchor = SFA(model, beta=0.25, every=4).attach(optimizer), full(model)
+    for step in range(1, 5):
+        model.second.requires_grad_(step > 2)
+        if step == 4:
+            sfa.detach()
+        update(model, optimizer, step)
+    before = full(model)
+    assert not torch.equal(before["second.weight"], anchor["second.weight"])
+    assert sfa.step()
+    same(full(model), by_hand(sfa, anchor, before, 4))
+
+
 def flattened_by_fsdp1(folder: Path) -> None:
     strategies = [ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD]
     cases: list[dict[str, Any]] = [{"sharding_strategy": strategy} for strategy in strategies]
@@ -470,6 +486,7 @@ CHECKS: dict[Callable[[Path], None], tuple[int, ...]] = {
     equal_to_a_loop_that_merges_by_hand: ALL,
     a_nan_on_one_process_stops_all: ALL,
     frozen_parameters_are_left_alone: ALL,
+    parameters_unfrozen_on_the_way: (3,),
     flattened_by_fsdp1: (2, 4),
     resumed_from_a_checkpoint: ALL,
     resumed_by_fewer_processes: ALL,

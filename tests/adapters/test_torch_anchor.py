@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mergekit_cl import CheckpointError, MergeError, MismatchError, NonFiniteError, merge
 from mergekit_cl.adapters.torch import SFA
 from mergekit_cl.adapters.torch import anchor as anchors
 from mergekit_cl.checkpoint.verify import verify
+from mergekit_cl.models.sharded import Shard
 
 X, Y = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
 
@@ -410,6 +412,50 @@ def test_copies_and_pickles_read_the_same_file(tmp_path: Path) -> None:
     assert equal(again.anchor, sfa.anchor)
 
 
+class Masters:
+    """As DeepSpeed holds them: a range of the flattened parameter, here all of it."""
+
+    def __init__(self) -> None:
+        self.local = torch.arange(12.0, requires_grad=True)
+
+    def leaves(self) -> dict[str, Shard]:
+        return {"w": Shard(self.local, (3, 4), 0)}
+
+    def before_write(self) -> None:
+        pass
+
+    def after_write(self) -> None:
+        self.weights = self.local.detach().bfloat16()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_state_of_shards(one_process: None) -> None:
+    masters = Masters()
+    sfa = SFA(masters, beta=0.5, every=2)
+    file = io.BytesIO()
+    torch.save(sfa.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert list(state["anchor"]["w"]) == ["0:12"]
+    with torch.no_grad():
+        masters.local += 4
+    again = SFA(masters, every=1)
+    again.load_state_dict(state)
+    assert not again.step()
+    assert again.step()
+    assert masters.local.tolist() == [i + 2.0 for i in range(12)]
+    assert masters.weights.tolist() == masters.local.tolist()
+    state["anchor"]["w"] = {"0:6": torch.zeros(6)}
+    with pytest.raises(MismatchError, match='"w": the saved anchor is of other shards than the model has; load it in as many'):
+        again.load_state_dict(state)
+
+
 class Stream:
     """A stream of a GPU, as far as the order of what the CPU does goes: everything is done at once."""
 
@@ -547,6 +593,23 @@ dcp.load({"memory": state}, checkpoint_id=folder / "checkpoint")
 sfa = SFA(build(2), every=1)
 sfa.load_state_dict(state)
 assert same({name: t.full_tensor() for name, t in sfa.anchor.items()}, begin)
+
+# parameters that every process has whole, as with DDP: one file, which all of them write and rename
+plain = [nn.Linear(40, 30), nn.Linear(40, 30)]
+for model in plain:
+    torch.manual_seed(3)
+    model.reset_parameters()
+one, other = SFA(plain[0], every=2, anchor=folder / "whole.safetensors"), SFA(plain[1], every=2)
+for task in range(6):
+    for step in range(3):
+        for model in plain:
+            with torch.no_grad():
+                model.weight.mul_(1.1)
+        dist.barrier()
+        assert one.step() == other.step()
+    assert one.anchor["weight"].equal(other.anchor["weight"])
+    assert plain[0].weight.equal(plain[1].weight)
+    one.new_task(), other.new_task()
 
 if rank == 0:
     data = next((folder / "saved").glob("*.distcp"))

@@ -335,6 +335,7 @@ def test_an_anchor_that_rolls_is_checked_every_time() -> None:
     sfa.anchor["parameter 0"][0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"anchor, tensor .parameter 0.: 1 NaN"):
         sfa.step()
+    assert weight.tolist() == [1.0, 1.0]
 
 
 class Params4bit(nn.Parameter):
