@@ -80,7 +80,7 @@ def test_the_example_on_a_page_runs(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # what frameworks say of a machine without a GPU
-@pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning")
+@pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore:.*LeafSpec:FutureWarning")
 def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mergekit_cl.memory.anonymous_memory", lambda: 0)  # the command line is not a process of its own here
