@@ -195,9 +195,7 @@ class SFACallback(_lightning.Callback):
                 f"SFACallback: the checkpoint is of a task of {state['total_steps']} steps, but with this Trainer it has "
                 f"{total_steps}; resume with the same data, max_epochs and max_steps, or pass total_steps"
             )
-        # B of a LoRA adapter is not zero any more, which is what "exact" would refuse; the state brings the setting back
-        options = {**self._options, "lora": "svd"}
-        self._sfa, self._module = SFA(module, total_steps=total_steps, **options), module
+        self._sfa, self._module = SFA(module, total_steps=total_steps, **self._options), module
         self._sfa.load_state_dict({**state, "anchor": self._read(state["anchor"], path)})
         self._global_step = restored["global_step"]
 

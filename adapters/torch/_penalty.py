@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mergekit_cl import kernels
-from mergekit_cl.adapters.torch.parameters import Source, before_write, parameters_of, source_of, trainable
+from mergekit_cl.adapters.torch.parameters import Source, before_write, parameters_of, source_of, stepping, trainable
 from mergekit_cl.dtypes import compute_dtype, dtype_name
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
 from mergekit_cl.execute import CHUNK, deal, processors
@@ -259,8 +259,8 @@ class Penalty:
             MergeError: The optimizer has none of the parameters, or is attached already; or, at a step, it is given a closure.
 
         """
-        stepping = self._attachable(optimizer)
-        self._hooks.append((stepping, stepping.register_step_pre_hook(self._before_step)))
+        inner = self._attachable(optimizer)
+        self._hooks.append((inner, inner.register_step_pre_hook(self._before_step)))
         return self
 
     # What subclasses keep
@@ -341,9 +341,8 @@ class Penalty:
 
     def _attachable(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return the optimizer whose steps count, after checking it: that which accelerate has wrapped."""
-        wrapped = getattr(optimizer, "optimizer", None)
-        stepping = wrapped if isinstance(wrapped, torch.optim.Optimizer) else optimizer
-        if any(attached is stepping for attached, _ in self._hooks):
+        inner = stepping(optimizer, self._source, self._name)
+        if any(attached is inner for attached, _ in self._hooks):
             raise MergeError(f"{self._name}: attached to this optimizer already; detach() first")
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if self._held and not any(id(held.parameter) in given for held in self._held):
@@ -351,7 +350,7 @@ class Penalty:
                 f"{self._name}: the optimizer has none of its {len(self._held)} parameters; build {self._name} after the model "
                 "has been wrapped or moved, of the parameters that the optimizer updates"
             )
-        return stepping
+        return inner
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: not the hooks, which belong to the optimizer."""

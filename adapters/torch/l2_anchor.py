@@ -117,8 +117,8 @@ class L2Anchor(Penalty):
         """See `Penalty.attach`. In mode "decoupled" the pull comes after each step, with the learning rate of each group."""
         if self.mode == "penalty":
             return super().attach(optimizer)
-        stepping = self._attachable(optimizer)
-        self._hooks.append((stepping, stepping.register_step_post_hook(self._after_step)))
+        inner = self._attachable(optimizer)
+        self._hooks.append((inner, inner.register_step_post_hook(self._after_step)))
         return self
 
     def state_dict(self) -> dict[str, Any]:

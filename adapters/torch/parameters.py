@@ -16,6 +16,10 @@ from mergekit_cl.models.sharded import Leaf, Shard, local_of
 class Holder(Protocol):
     """What trains a model by tensors of its own, such as DeepSpeed's masters (`mergekit_cl.adapters.torch.deepspeed.Zero`)."""
 
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+
     def leaves(self) -> dict[str, Leaf]:
         """Return all parameters by name."""
 
@@ -71,6 +75,29 @@ def source_of(model_or_parameters: Any, owner: str) -> Source:
     return named
 
 
+def stepping(optimizer: Any, source: Source, owner: str) -> torch.optim.Optimizer:
+    """Return the optimizer whose hooks see its steps, taken out of what wraps it (of accelerate, or Lightning).
+
+    Raises:
+        MergeError: It is no optimizer of PyTorch; or DeepSpeed steps it, for parts of the model one after another.
+
+    """
+    if not isinstance(source, nn.Module | dict):
+        raise MergeError(
+            f"{owner}: DeepSpeed steps parts of the model one after another; leave attach() away, and call step() after "
+            "engine.step(), where engine.was_step_applied()"
+        )
+    inner: Any = optimizer
+    while "_optimizer_step_post_hooks" not in getattr(inner, "__dict__", ()):
+        if not hasattr(inner, "optimizer"):
+            raise MergeError(
+                f"{owner}: {type(optimizer).__name__} has no hooks after its steps; call step() after each of them"
+            )
+        inner = inner.optimizer
+    found: torch.optim.Optimizer = inner
+    return found
+
+
 def parameters_of(source: Source) -> dict[str, Leaf]:
     """Return all parameters by name, those that are one object once: plain tensors, DTensors, or shards (FSDP1, DeepSpeed).
 
@@ -95,10 +122,10 @@ def trainable(source: Source) -> dict[str, Leaf]:
 
 def buffers_of(source: Source) -> dict[str, torch.Tensor]:
     """Return the floating buffers of a module that its state dict holds; of those that share their memory the first."""
-    if not isinstance(source, nn.Module):
+    if isinstance(source, dict):
         return {}
     found = {}
-    for path, part in unwrapped(source).named_modules():
+    for path, part in unwrapped(source if isinstance(source, nn.Module) else source.module).named_modules():
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in part._non_persistent_buffers_set:
                 found[clean(f"{path}.{name}" if path else name)] = buffer

@@ -18,6 +18,7 @@ from mergekit_cl.adapters.torch.parameters import (
     parameters_of,
     place_of,
     source_of,
+    stepping,
     trainable,
     unwrapped,
 )
@@ -158,7 +159,9 @@ class RunningAverage:
         """Call `step` after each step of the optimizer, but not one that a gradient scaler skipped, by a hook; return self."""
         if self._hook is not None:
             raise MergeError("RunningAverage: attached to an optimizer already; detach() first")
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._count() and None)
+        self._hook = stepping(optimizer, self._source, "RunningAverage").register_step_post_hook(
+            lambda *_: self._count() and None
+        )
         return self
 
     def detach(self) -> None:

@@ -20,6 +20,7 @@ from mergekit_cl.adapters.torch.parameters import (
     parameters_of,
     place_of,
     source_of,
+    stepping,
     trainable,
 )
 from mergekit_cl.adapters.torch.sharding import agreed
@@ -255,18 +256,12 @@ class SFA:
         An optimizer that wraps another one (of accelerate, or Lightning) is unwrapped.
 
         Raises:
-            MergeError: It is attached already, or this is no optimizer of PyTorch.
+            MergeError: It is attached already, or this is no optimizer of PyTorch, or DeepSpeed's.
 
         """
         if self._hooks:
             raise MergeError("SFA: attached to an optimizer already; detach() first")
-        inner: Any = optimizer
-        while "_optimizer_step_post_hooks" not in getattr(inner, "__dict__", ()):
-            if not hasattr(inner, "optimizer"):
-                raise MergeError(
-                    f"SFA: {type(optimizer).__name__} has no hooks after its steps; call step() after each of them"
-                )
-            inner = inner.optimizer
+        inner = stepping(optimizer, self._source, "SFA")
         self._optimizer = inner
         self._hooks = [
             inner.register_step_pre_hook(lambda *_: self._include_new()),
@@ -342,7 +337,7 @@ class SFA:
         The file is there complete, or as it was before, whenever the process dies.
 
         Args:
-                path: The file; folders above it are made.
+            path: The file; folders above it are made.
 
         Returns:
             The fingerprint: a hash of names, dtypes, shapes and bytes, which stands in the file's metadata too.

@@ -185,8 +185,7 @@ def histogram_of(
 
 def _tile_by_tile(table: Table) -> Backend:
     """Return what carries out formulas operation by operation: on a GPU torch, in the interpreter NumPy."""
-    _device(table)
-    return cast(Backend, arrays if isinstance(table.spans[0][0], np.ndarray) else tiles)
+    return cast(Backend, arrays if str(_device(table)) == "cpu" else tiles)
 
 
 def _tile_of(formula: Formula) -> int:

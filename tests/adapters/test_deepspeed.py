@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mergekit_cl import MergeError, NonFiniteError, merge
-from mergekit_cl.adapters.torch import SFA
+from mergekit_cl.adapters.torch import SFA, RunningAverage
 from mergekit_cl.models.sharded import local_of
 
 Weights = dict[str, torch.Tensor]
@@ -270,6 +270,9 @@ def what_was_not_tested_is_refused(folder: Path) -> None:
         with pytest.raises(MergeError, match=message):
             SFA(engine(kind), every=1)
     trained = engine("ZeRO 3")
+    for adapter in (SFA, RunningAverage):
+        with pytest.raises(MergeError, match=r"call step\(\)"):
+            adapter(trained, every=1).attach(trained.optimizer)
     with pytest.raises(MergeError, match="pass the engine"):
         SFA(trained.module, every=1)
     for name, message in (("swap_optimizer", "masters on a disk"), ("params_in_nvme_and_cpu", "parameters on a disk")):
