@@ -210,6 +210,7 @@ TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
     "training_terms": ("Penalties in a training loop, beside the same penalties in the loss", _term_columns),
     "training_sfa": ("SFA in a training loop", _sfa_columns),
     "training_rehearsal": ("Rehearsal in a training loop", _rehearsal_columns),
+    "flax": ("A training step in JAX, with the schedule of SFA inside the compiled step", _race_columns),
     "recipes": ("Recipes of mergekit, in float32, against mergekit", _accuracy_columns),
     "checkpoints": ("Whole processes, beside mergekit-yaml", _process_columns),
     "checkpoint_memory": ("Models four times the size", _process_columns),
