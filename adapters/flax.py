@@ -18,8 +18,8 @@ from flax import nnx, struct
 
 from mergekit_cl.api import prepare
 from mergekit_cl.continual.schedule import MergeSchedule
-from mergekit_cl.dtypes import check_mergeable, dtype_name, output_dtype
-from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
+from mergekit_cl.dtypes import check_mergeable, dtype_name, type_of
+from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing, unknown
 from mergekit_cl.merge_methods.sfa import sequential_weights
 from mergekit_cl.registry import find
 from mergekit_cl.steps import Sum
@@ -106,9 +106,10 @@ def sfa(
         A transformation with the state `SFAState`. Its ``update`` needs the parameters.
 
     Raises:
-        MergeError: p without ``total_steps``, both p and every, or a value out of range. While tracing: no parameters given, or
-            one of a dtype that cannot be merged.
+        MergeError: p without ``total_steps``, both p and every, or a value out of range (steps are int32). While tracing: no
+            parameters given, or one of a dtype that cannot be merged.
         MismatchError: While tracing: the anchor is of another model.
+        NonFiniteError: ``tx.init`` outside of jit: a parameter holds NaN or Inf.
 
     >>> tx = optax.chain(optax.sgd(0.5), sfa(beta=0.5, every=2))
     >>> params = jnp.ones(1)
@@ -132,6 +133,7 @@ def sfa(
 
     def init(params: Any) -> SFAState:
         _check_dtypes(params)
+        _check_start("sfa", params)
         return SFAState(*map(jnp.int32, _numbers(schedule)), _copy(params, kept_as), p)
 
     def update(updates: Any, state: SFAState, params: Any = None, **_: Any) -> tuple[Any, SFAState]:
@@ -164,7 +166,8 @@ def sfa_merge(params: Tree, anchor: Any, beta: float = 0.5) -> Tree:
 
     Args:
         params: A pytree of arrays, ``nnx.State`` included. Leaves that are not floating (integers, keys) are handed back.
-        anchor: A pytree of the same structure and shapes; its floating dtypes may be others.
+        anchor: A pytree of the same structure and shapes; its floating dtypes may be others. It does not matter in which
+            nnx variables the arrays are: ``optimizer.opt_state[-1].anchor`` goes with ``nnx.state(model, nnx.Param)``.
         beta: The weight of the anchor, in [0, 1]: a number, not an array.
 
     Returns:
@@ -180,11 +183,11 @@ def sfa_merge(params: Tree, anchor: Any, beta: float = 0.5) -> Tree:
 
     """
     _check_beta(beta)
+    structure, params, anchor = jax.tree.structure(params), nnx.as_pure(params), nnx.as_pure(anchor)
     _check_like("sfa_merge", "the anchor", anchor, params)
     _check_dtypes({"params": params, "anchor": anchor})
-    leaves, structure = jax.tree.flatten(params)
-    kept = structure.flatten_up_to(anchor)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *kept)):
+    leaves, kept = jax.tree.leaves(params), jax.tree.leaves(anchor)
+    if _is_traced((params, anchor)):
         merged = [_average(a, x, beta).astype(x.dtype) if _is_floating(x) else x for a, x in zip(kept, leaves, strict=True)]
     else:
         merged = _merge_eagerly(dict(zip(_named(params), zip(kept, leaves, strict=True), strict=True)), beta)
@@ -211,6 +214,7 @@ def l2(strength: float, *, anchor_dtype: Any = None) -> optax.GradientTransforma
     Raises:
         MergeError: The strength is out of range. While tracing: no parameters given.
         MismatchError: While tracing: the anchor is of another model.
+        NonFiniteError: ``tx.init`` outside of jit: a parameter holds NaN or Inf.
 
     >>> tx = l2(0.5)
     >>> state = tx.init(jnp.ones(1))
@@ -222,6 +226,7 @@ def l2(strength: float, *, anchor_dtype: Any = None) -> optax.GradientTransforma
     kept_as = _dtype(anchor_dtype)
 
     def init(params: Any) -> L2State:
+        _check_start("l2", params)
         return L2State(_copy(params, kept_as))
 
     def update(updates: Any, state: L2State, params: Any = None, **_: Any) -> tuple[Any, L2State]:
@@ -250,6 +255,7 @@ def ewc(strength: float) -> optax.GradientTransformationExtraArgs:
     Raises:
         MergeError: The strength is out of range. While tracing: no parameters given.
         MismatchError: While tracing: the anchor is of another model.
+        NonFiniteError: ``tx.init`` outside of jit: a parameter holds NaN or Inf.
 
     >>> tx = ewc(0.5)
     >>> state = new_task(tx.init(jnp.zeros(1)), jnp.ones(1), fisher=jnp.full(1, 4.0))
@@ -260,6 +266,7 @@ def ewc(strength: float) -> optax.GradientTransformationExtraArgs:
     _check_strength("ewc", strength)
 
     def init(params: Any) -> EWCState:
+        _check_start("ewc", params)
         anchor = jax.tree.map(lambda x: jnp.array(x, _compute_dtype(x), copy=True) if _is_floating(x) else x, params)
         return EWCState(jax.tree.map(jnp.zeros_like, anchor), anchor)
 
@@ -288,12 +295,16 @@ def fisher(loss_fn: Callable[[Any, Any], jax.Array], params: Tree, batches: Iter
         A pytree like ``params``, float32 (float64 for float64): the mean over all samples, or over all batches.
 
     Raises:
-        MergeError: There are no batches.
+        MergeError: There are no batches; arrays of a batch without samples, or with different numbers of them, for
+            ``per_sample``; a parameter that is not floating.
 
     >>> fisher(lambda w, x: jnp.mean(w * x), jnp.ones(()), [jnp.array([1.0, 3.0])])  # (1 + 9) / 2
     Array(5., dtype=float32)
 
     """
+    for name, leaf in _named(nnx.as_pure(params)).items():
+        if not _is_floating(leaf):
+            raise MergeError(f'fisher: "{name}" is {leaf.dtype}; pass floating parameters alone, and the rest in loss_fn')
 
     def squares(params: Any, batch: Any) -> Any:
         gradients = jax.grad(loss_fn)(params, batch)
@@ -310,10 +321,10 @@ def fisher(loss_fn: Callable[[Any, Any], jax.Array], params: Tree, batches: Iter
     total = jax.tree.map(lambda x: jnp.zeros_like(x, _compute_dtype(x)), params)
     count = 0
     for batch in batches:
+        count += _count_samples(batch) if per_sample else 1
         total = add(total, params, batch)
-        count += len(jax.tree.leaves(batch)[0]) if per_sample else 1
     if not count:
-        raise MergeError("fisher: there are no batches; pass some of the task's data")
+        raise MergeError("fisher: there are no batches, or only empty ones; pass some of the task's data")
     return jax.tree.map(lambda t: t / count, total)  # type: ignore[no-any-return]
 
 
@@ -328,7 +339,8 @@ def new_task(state: Tree, params: Any, *, total_steps: int | None = None, fisher
     Args:
         state: The state of an optimizer; a pytree that holds it, such as linen's ``TrainState``; or an ``nnx.Optimizer``, which
             is changed in place.
-        params: The parameters, as ``tx.init`` had them; for an ``nnx.Optimizer`` its model. They are copied.
+        params: The parameters, as ``tx.init`` had them, in nnx variables or not; for an ``nnx.Optimizer`` its model. They are
+            copied.
         total_steps: The number T of steps of the new task; by default as many as of the task before.
         fisher: The Fisher information of the task that is over, a pytree like the parameters; for `ewc`, which needs it.
 
@@ -336,8 +348,8 @@ def new_task(state: Tree, params: Any, *, total_steps: int | None = None, fisher
         The new state, of the same kind; or the ``nnx.Optimizer``.
 
     Raises:
-        MergeError: There is no such state; ``total_steps`` without `sfa`, ``fisher`` without `ewc` or the reverse; a Fisher
-            information that is negative somewhere.
+        MergeError: There is no such state, or it lies in nnx variables without their ``nnx.Optimizer``; ``total_steps`` without
+            `sfa`, ``fisher`` without `ewc` or the reverse; a Fisher information that is negative somewhere; under jit.
         MismatchError: The parameters, or the Fisher information, are of another model.
         NonFiniteError: They hold NaN or Inf.
 
@@ -353,6 +365,11 @@ def new_task(state: Tree, params: Any, *, total_steps: int | None = None, fisher
         )
         nnx.update(state.opt_state, nnx.state(begun))
         return state
+    if any(map(_is_variable, jax.tree.leaves(state, is_leaf=_is_variable))):
+        raise MergeError("new_task: the state is in nnx variables; pass the nnx.Optimizer and its model, or nnx.as_pure(state)")
+    params, fisher = nnx.as_pure(params), nnx.as_pure(fisher)
+    if _is_traced((state, params, fisher)):
+        raise MergeError("new_task: called under jit (or vmap, scan, ...); call it outside, between two steps")
     kinds = (SFAState, L2State, EWCState)
     nodes, structure = jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, kinds))
     found = [node for node in nodes if isinstance(node, kinds)]
@@ -361,14 +378,24 @@ def new_task(state: Tree, params: Any, *, total_steps: int | None = None, fisher
         _check_like("new_task", "params", params, node.anchor, partly=True)
         if isinstance(node, EWCState):
             _check_like("new_task", "fisher", fisher, node.fisher, partly=True)
-    _check_finite("params", params)
+    _check_finite("new_task: params", params)
     if fisher is not None:
-        _check_finite("fisher", fisher)
+        _check_finite("new_task: fisher", fisher)
         if not all(bool((f >= 0).all()) for f in jax.tree.leaves(fisher) if _is_floating(f)):
             raise MergeError("new_task: fisher is negative somewhere; pass squares of gradients, as fisher() returns them")
     return structure.unflatten(  # type: ignore[no-any-return]
         [_begun(node, params, total_steps, fisher) if isinstance(node, kinds) else node for node in nodes]
     )
+
+
+def _count_samples(batch: Any) -> int:
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise MergeError(
+            f"fisher: the arrays of a batch have the shapes {', '.join(map(str, shapes))}; each needs the samples as its first "
+            "dimension: pass what they share in loss_fn, or per_sample=False"
+        )
+    return int(shapes[0][0])
 
 
 def _begun(state: SFAState | L2State | EWCState, params: Any, total_steps: int | None, fisher: Any) -> Any:
@@ -397,11 +424,7 @@ def _centre(anchor: jax.Array, total: jax.Array, fisher: jax.Array, params: jax.
 
 def _masked_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Map over pytrees; what is masked in the first is left as it is, whatever the others have there."""
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    return jax.tree.map(lambda x, *ys: x if masked(x) else function(x, *ys), tree, *others, is_leaf=masked)
+    return jax.tree.map(lambda x, *ys: x if _is_masked(x) else function(x, *ys), tree, *others, is_leaf=_is_masked)
 
 
 def _lead_to_average(update: jax.Array, params: jax.Array, anchor: jax.Array, beta: float) -> jax.Array:
@@ -450,6 +473,18 @@ def _copy(params: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, dtype if _is_floating(x) else None, copy=True), params)
 
 
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def _is_floating(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
@@ -463,16 +498,24 @@ def _sum_dtype(update: Any, params: Any) -> Any:
 
 
 def _dtype(anchor_dtype: Any) -> Any:
-    return None if anchor_dtype is None else output_dtype(anchor_dtype)
+    name = None if anchor_dtype is None else dtype_name(anchor_dtype)
+    if name is not None and name not in type_of:
+        raise unknown("anchor_dtype", name, type_of)
+    return name
 
 
 def _schedule(p: float | None, every: int | None, total_steps: int | None) -> MergeSchedule:
     if p is None:
         assert every is not None
-        return MergeSchedule(every, total_steps)
-    if total_steps is None:
+        schedule = MergeSchedule(every, total_steps)
+    elif total_steps is None:
         raise MergeError(f"sfa: p={p} is a part of the task, so its length is needed: pass total_steps, or every in place of p")
-    return MergeSchedule.from_fraction(p, total_steps)
+    else:
+        schedule = MergeSchedule.from_fraction(p, total_steps)
+    for name, steps in (("every", schedule.every), ("total_steps", schedule.total_steps)):
+        if steps is not None and steps >= _NEVER:
+            raise MergeError(f"sfa: {name}={steps}: steps are counted in int32; it must be below {_NEVER}")
+    return schedule
 
 
 def _numbers(schedule: MergeSchedule) -> tuple[int, int, int]:
@@ -527,10 +570,19 @@ def _check_like(where: str, what: str, tree: Any, like: Any, partly: bool = Fals
     ]  # fmt: skip
     if not partly:
         problems += [f'{where}: {what} has "{name}", which the parameters have not' for name in have if name not in want]
-        if not problems and jax.tree.structure(tree) != jax.tree.structure(like):
-            problems.append(f"{where}: {what} has another structure, {jax.tree.structure(tree)}")
+    if not problems and not (_is_laid_out_as(tree, like) if partly else jax.tree.structure(tree) == jax.tree.structure(like)):
+        problems.append(f"{where}: {what} has another structure, {jax.tree.structure(tree)}, than {jax.tree.structure(like)}")
     if problems:
         raise MismatchError(listing([*problems, "pass what belongs to this model"]))
+
+
+def _is_laid_out_as(tree: Any, like: Any) -> bool:
+    """Whether a pytree has the structure of another, but for what is masked there."""
+    try:
+        jax.tree.structure(like, is_leaf=_is_masked).flatten_up_to(tree)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_task(found: list[Any], total_steps: int | None, fisher: Any) -> None:
@@ -547,8 +599,14 @@ def _check_task(found: list[Any], total_steps: int | None, fisher: Any) -> None:
         raise MergeError("new_task: fisher is for ewc, which is not in the state; leave it away")
 
 
-def _check_finite(what: str, tree: Any) -> None:
+def _check_start(where: str, params: Any) -> None:
+    """Refuse an anchor that is not finite, where that can be known."""
+    if not _is_traced(params):
+        _check_finite(f"{where}: params", params)
+
+
+def _check_finite(where: str, tree: Any) -> None:
     finite = {name: jnp.isfinite(leaf).all() for name, leaf in _named(tree).items() if _is_floating(leaf)}
-    wrong = [f'new_task: {what}, "{name}": holds NaN or Inf; nothing was changed' for name, good in finite.items() if not good]
+    wrong = [f'{where}, "{name}": holds NaN or Inf; nothing was changed' for name, good in finite.items() if not good]
     if wrong:
         raise NonFiniteError(listing(wrong))

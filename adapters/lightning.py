@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mergekit_cl.adapters.torch import SFA
-from mergekit_cl.adapters.torch.parameters import is_sharded
+from mergekit_cl.adapters.torch.parameters import before_write, is_sharded, parameters_of
 from mergekit_cl.errors import MergeError
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ class SFACallback(_lightning.Callback):
 
     *Checkpoints* hold the anchor, and so grow by one copy of the trainable parameters; with ``anchor=PATH`` they hold its
     fingerprint. A resumed run continues bit for bit, with the settings of the checkpoint; a step that was merged is not merged
-    again. ``validate``, ``test`` and ``predict`` have nothing to do with any of it.
+    again. Lightning itself begins the loader anew when it resumes within an epoch, so that a run sees the same batches only if
+    the loader keeps a state of its own, or the checkpoint is of the end of an epoch. A checkpoint written when training has
+    ended (``trainer.save_checkpoint`` after ``fit``) holds the weights after the last merge: a run that ended early and goes on
+    from there has one merge more than a run that never stopped. ``validate``, ``test`` and ``predict`` have nothing to do with
+    any of it.
 
     *Strategies.* One device, DDP, and ``ModelParallelStrategy`` with FSDP2 (``fully_shard``), whose checkpoints hold the anchor
     sharded as the parameters are, under names that begin with ``mergekit_cl.anchor.``.
@@ -173,7 +177,7 @@ class SFACallback(_lightning.Callback):
         shards = {name: tensor for name, tensor in anchor.items() if is_sharded(tensor)}
         if any(map(is_sharded, checkpoint["state_dict"].values())):
             checkpoint["state_dict"].update({_BESIDE + name: tensor for name, tensor in shards.items()})
-            saved = dict.fromkeys(shards)
+            saved = {name: tensor.dtype for name, tensor in shards.items()}
         else:  # the checkpoint is one file, with all parameters whole
             saved = {name: tensor.full_tensor() for name, tensor in shards.items()}
         checkpoint["callbacks"][self.state_key] = {**state, "sfa": {**state["sfa"], "anchor": {**anchor, **saved}}}
@@ -186,7 +190,8 @@ class SFACallback(_lightning.Callback):
         if self._sfa is not None and self._module is module:
             self._sfa.new_task(total_steps)
         else:
-            self._sfa, self._module = SFA(module, total_steps=total_steps, **self._options), module
+            self._sfa = SFA(module, total_steps=total_steps, **self._options)
+            self._module = module
 
     def _resume(self, module: "LightningModule", total_steps: int | None, restored: dict[str, Any], path: Any) -> None:
         state = restored["sfa"]
@@ -195,30 +200,16 @@ class SFACallback(_lightning.Callback):
                 f"SFACallback: the checkpoint is of a task of {state['total_steps']} steps, but with this Trainer it has "
                 f"{total_steps}; resume with the same data, max_epochs and max_steps, or pass total_steps"
             )
-        self._sfa, self._module = SFA(module, total_steps=total_steps, **self._options), module
-        self._sfa.load_state_dict({**state, "anchor": self._read(state["anchor"], path)})
+        sfa = SFA(module, total_steps=total_steps, resume=True, **self._options)
+        # a checkpoint that was written after the last merge of a run that ended early says that the task is over
+        sfa.load_state_dict({**state, "finished": False, "anchor": _complete(state["anchor"], module, path)})
+        self._sfa, self._module = sfa, module
         self._global_step = restored["global_step"]
 
     def _count(self, trainer: "Trainer") -> None:
         if trainer.global_step > self._global_step:
             self._global_step = trainer.global_step
             self.sfa.step()
-
-    def _read(self, saved: Mapping[str, Any], path: Any) -> dict[str, Any]:
-        """Complete a saved anchor: with what lies beside the parameters, and sharded where they are."""
-        like = self.sfa.anchor if saved else {}
-        missing = {_BESIDE + name: torch.empty_like(like[name]) for name, tensor in saved.items() if tensor is None}
-        if missing:
-            from torch.distributed.checkpoint import load
-
-            load({"state_dict": missing}, checkpoint_id=path)
-        anchor = {name: missing.get(_BESIDE + name, tensor) for name, tensor in saved.items()}
-        return {
-            name: distribute_tensor(tensor, like[name].device_mesh, like[name].placements)
-            if isinstance(like.get(name), DTensor) and not is_sharded(tensor)
-            else tensor
-            for name, tensor in anchor.items()
-        }
 
     def _length(self, trainer: "Trainer") -> int | None:
         """Return the number of steps of the task: those that were left to the Trainer when it began."""
@@ -241,6 +232,25 @@ class SFACallback(_lightning.Callback):
             "SFACallback: Lightning can't know how many steps this training has (data without a length, manual "
             "optimization, or GradientAccumulationScheduler), and p is a part of them: pass total_steps, or every in place of p"
         )
+
+
+def _complete(saved: Mapping[str, Any], module: "LightningModule", path: Any) -> dict[str, Any]:
+    """Complete a saved anchor: with what lies beside the parameters, of which it has the dtypes, and sharded where they are."""
+    before_write(module)
+    like = parameters_of(module)
+    dtypes = {name: dtype for name, dtype in saved.items() if isinstance(dtype, torch.dtype)}
+    missing = {_BESIDE + name: torch.empty_like(like[name], dtype=dtype) for name, dtype in dtypes.items()}
+    if missing:
+        from torch.distributed.checkpoint import load
+
+        load({"state_dict": missing}, checkpoint_id=path)
+    anchor = {name: missing.get(_BESIDE + name, tensor) for name, tensor in saved.items()}
+    return {
+        name: distribute_tensor(tensor, leaf.device_mesh, leaf.placements)
+        if isinstance(leaf := like.get(name), DTensor) and not is_sharded(tensor)
+        else tensor
+        for name, tensor in anchor.items()
+    }
 
 
 def _is_a(thing: Any, *names: str) -> bool:

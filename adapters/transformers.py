@@ -10,8 +10,8 @@ from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mergekit_cl.adapters.torch import SFA
-from mergekit_cl.adapters.torch.anchor import FINGERPRINT, metadata_of, previous
-from mergekit_cl.adapters.torch.anchor_folder import keep, read_index
+from mergekit_cl.adapters.torch.anchor import FINGERPRINT, File, following, metadata_of, previous
+from mergekit_cl.adapters.torch.anchor_folder import Folder, keep, read_index
 from mergekit_cl.errors import CheckpointError, MergeError, MismatchError
 
 _logger = logging.getLogger(__name__)
@@ -30,20 +30,26 @@ class SFACallback(TrainerCallback):
 
     **On the disk.** When the task begins, the anchor is written to ``<output_dir>/sfa-anchor/anchor.safetensors``, once (of
     sharded parameters that is a folder), and beside it ``sfa.json``, the settings for a reader. Checkpoints hold the
-    fingerprint of their anchor (in ``trainer_state.json``). A run that is resumed from any of them continues bit for bit: it
-    takes the anchor with this fingerprint, and derives from ``global_step`` what was merged. Where a task begins in a folder
-    with an earlier anchor, that one is kept as ``anchor.previous.safetensors`` until the next, so that the checkpoints of the
-    run before can still be resumed. Resuming needs the folder ``sfa-anchor``; take it along with the checkpoints. With
-    ``policy="rolling"`` only checkpoints that are not older than the merge before the last can be resumed.
+    fingerprint of their anchor (in ``trainer_state.json``), and what was merged. A run that is resumed from any of them
+    continues bit for bit with the anchor of this fingerprint. Where a task begins in a folder with an earlier anchor, that one
+    stays until the first step is done, and is then kept as ``anchor.previous.safetensors`` until the next, so that the
+    checkpoints of the run before can still be resumed. Resuming needs the folder ``sfa-anchor``; take it along with the
+    checkpoints. With ``policy="rolling"`` only checkpoints that are not older than the merge before the last can be resumed.
+
+    **Settings on resuming** are those of this callback, not those of the checkpoint: where the method or its parameters
+    differ, a warning is logged. Another ``max_steps`` moves the merges if these are set by p; this is refused, and the error
+    says how to keep the earlier k with ``every``. Refused is, too, what would leave the last merge undone: a ``max_steps`` that
+    the checkpoint has reached without being merged. When a finished run is resumed, the Trainer takes one step more; it is not
+    merged, and `SFA` logs that the task is over. When ``auto_find_batch_size`` starts over, the task begins anew, with the
+    weights as they are then.
 
     **A run that stops early** (early stopping is decided after the checkpoint of that step is written) is merged once more
     in ``on_train_end``, in memory: ``trainer.save_model()`` writes the result. Checkpoints stay as training left them, so that
     resuming one of them is still equal to a run that never stopped. With ``load_best_model_at_end`` the best checkpoint is
     left as it was saved; evaluate and save every k-th step if only merged weights should be candidates.
 
-    **max_steps changed on resuming** moves the merges if these are set by p; this is refused, and the error says how to keep
-    the earlier k with ``every``. Trials of a hyper-parameter search that share an output folder one after the other
-    replace each other's anchor; trials side by side need ``anchor="memory"`` and an ``anchor_dir`` each.
+    **Trials** of a hyper-parameter search that share an output folder one after the other replace each other's anchor; trials
+    side by side need ``anchor="memory"`` and an ``anchor_dir`` each.
 
     Args:
         beta: As in `SFA`: the weight of the anchor; 0.5 where it is not given. For method "sfa" alone.
@@ -88,29 +94,34 @@ class SFACallback(TrainerCallback):
         self.sfa: SFA | None = None
         """The averaging of the present task, or of the last one; None before any."""
         self._kind, self._folder, self._file = anchor, anchor_dir, Path()
+        self._waiting: Any = None  # the written anchor of "memory" or "cpu", until a step is done
         self._settings = {"beta": beta, "p": p, "every": every, "method": method, **settings}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the anchor and write it; or, where a run is resumed, find the anchor that it began with.
 
         Raises:
-            MergeError: What `SFA` refuses; or the checkpoint was made without the callback, or with merges at other steps.
+            MergeError: What `SFA` refuses; or the checkpoint was made without the callback, or with merges at other steps, or
+                there is no step left for the last merge.
             CheckpointError: The anchor of the run that is resumed is missing or damaged.
             MismatchError: It is the anchor of another run, or of another model.
 
         """
-        self._file = file = Path(self._folder or Path(args.output_dir, "sfa-anchor"), "anchor.safetensors")
+        # absolute, as the program may change its folder while it trains
+        self._file = file = Path(self._folder or Path(args.output_dir, "sfa-anchor")).absolute() / "anchor.safetensors"
         found = _find(file, state) if state.global_step else None
-        anchor = file if self._kind == "file" else self._kind
+        self._waiting = None
         self.sfa = SFA(
-            _source(kwargs["model"], kwargs["optimizer"]), total_steps=state.max_steps, anchor=anchor, **self._settings
+            _source(kwargs["model"], kwargs["optimizer"]),
+            total_steps=state.max_steps,
+            anchor=file if self._kind == "file" else self._kind,
+            resume=found is not None,
+            **self._settings,
         )
         if found is None:
             self._record(state)
-            return
-        self.sfa.resume_from(found, state.global_step)
-        self._check_schedule(state)
-        _logger.info("SFA: resumed after step %d with the anchor in %s", state.global_step, found)
+        else:
+            self._resume(found, state)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take parameters into the anchor that a callback before this one has unfrozen as the epoch began."""
@@ -125,10 +136,13 @@ class SFACallback(TrainerCallback):
 
         """
         sfa = self._running()
+        self._settle()
         if sfa.step_count < state.global_step and sfa.step():  # a callback that was added twice is called twice
             _logger.info("SFA: merged after step %d of %d", state.global_step, state.max_steps)
             if sfa.policy == "rolling":
                 self._record(state)
+                self._settle()
+            _note_merges(sfa, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Merge once more if training stopped early, and the best checkpoint was not loaded in its place."""
@@ -143,31 +157,67 @@ class SFACallback(TrainerCallback):
 
     def _record(self, state: TrainerState) -> None:
         """Write the anchor; note in the Trainer's state, hence in each checkpoint, and for a reader, which one it is."""
+        self._note(state, self._written(self._running()))
+
+    def _note(self, state: TrainerState, fingerprint: str) -> None:
+        """Note which anchor and which settings the run has: in the Trainer's state, and for a reader."""
         sfa = self._running()
-        record: dict[str, Any] = {"fingerprint": self._written(sfa), "method": sfa.method, "parameters": sfa.parameters}
+        record: dict[str, Any] = {"fingerprint": fingerprint, "method": sfa.method, "parameters": sfa.parameters}
         record |= {"every": sfa.every, "total_steps": sfa.total_steps}
-        state.stateful_callbacks[_RECORD] = record
         if state.is_world_process_zero:
             self._file.with_name("sfa.json").write_text(json.dumps(record, indent=2) + "\n")
+        state.stateful_callbacks[_RECORD] = record
+        _note_merges(sfa, state)
 
     def _written(self, sfa: SFA) -> str:
         """Write the anchor to its file, unless it is there; keep another one that is there as the previous one."""
         by_file = self._kind == "file"
         if by_file and sfa.policy == "fixed":
             return str(sfa.state_dict()["fingerprint"])
-        kept: Any = keep(sfa.anchor, {}, None, self._file, {"steps_before": "0"})  # noted as SFA notes it
+        notes = {"steps_before": "0"}  # noted as SFA notes it
+        if sfa.policy == "rolling" and sfa.last_merge_step:
+            notes["step"] = str(sfa.last_merge_step)
+        kept: Any = keep(sfa.anchor, {}, None, self._file, notes)
         if not by_file:  # SFA puts its own file in place
-            kept.settle()
+            self._waiting = kept
         return str(kept.fingerprint)
 
-    def _check_schedule(self, state: TrainerState) -> None:
+    def _settle(self) -> None:
+        """Let the written anchor take its place, as a step is done: until then that of the run before may be needed."""
+        if self._waiting is not None:
+            self._waiting.settle()
+            self._waiting = None
+
+    def _resume(self, found: Path, state: TrainerState) -> None:
+        """Go on with an anchor that was found, after what the checkpoint says was merged."""
         sfa, record = self._running(), state.stateful_callbacks[_RECORD]
+        step, last = state.global_step, record["last_merge_step"]
         if self._settings["every"] is None and sfa.every != record["every"]:
             raise MergeError(
                 f"SFACallback: the run that is resumed merged every {record['every']} steps, but p={sfa.p} means every "
                 f"{sfa.every} now that max_steps is {sfa.total_steps} in place of {record['total_steps']}; pass "
                 f"every={record['every']} to go on as before, or max_steps={record['total_steps']}"
             )
+        if step >= state.max_steps and last != step:
+            raise MergeError(
+                f"SFACallback: the checkpoint of step {step} was last merged after step {last}, and "
+                f"max_steps={state.max_steps} leaves no step for the last merge; pass max_steps={step + 1} or more"
+            )
+        before = {name: record[name] for name in ("method", "parameters")}
+        now = json.loads(json.dumps({"method": sfa.method, "parameters": sfa.parameters}))
+        if now != before:
+            _logger.warning("SFA: the checkpoint was made with %s, but is resumed with %s, which is used now", before, now)
+        sfa.resume_from(found, step)
+        sfa.merges, sfa.last_merge_step = record["merges"], last
+        if self._kind != "file":
+            self._waiting = _opened(self._file, found)
+        self._note(state, record["fingerprint"])
+        _logger.info("SFA: resumed after step %d with the anchor in %s", step, found)
+
+
+def _note_merges(sfa: SFA, state: TrainerState) -> None:
+    """Note what was merged, for the checkpoint of this step: a run that is resumed may have other steps to merge at."""
+    state.stateful_callbacks[_RECORD] |= {"merges": sfa.merges, "last_merge_step": sfa.last_merge_step}
 
 
 def _source(model: torch.nn.Module, optimizer: Any) -> Any:
@@ -180,14 +230,14 @@ def _source(model: torch.nn.Module, optimizer: Any) -> Any:
 
 
 def _find(file: Path, state: TrainerState) -> Path:
-    """Find the anchor that a checkpoint belongs to: the present one, or that of the task before."""
+    """Find the anchor that a checkpoint belongs to: the present one, that of the task before, or one not in its place yet."""
     record = state.stateful_callbacks.get(_RECORD)
     if record is None:
         raise MergeError(
             f"SFACallback: the checkpoint of step {state.global_step} was made without SFACallback, so its anchor, the weights "
             "before the task, is not known; begin the task anew, or resume without the callback"
         )
-    known = {path: _fingerprint(path) for path in (file, previous(file)) if path.exists()}
+    known = {path: _fingerprint(path) for path in (file, previous(file), following(file)) if path.exists()}
     for path, fingerprint in known.items():
         if fingerprint == record["fingerprint"]:
             return path
@@ -207,3 +257,8 @@ def _find(file: Path, state: TrainerState) -> Path:
 def _fingerprint(path: Path) -> str:
     """Read what the file of an anchor, or the folder of a sharded one, says about itself."""
     return str(read_index(path)["fingerprint"] if path.is_dir() else metadata_of(path)[FINGERPRINT])
+
+
+def _opened(file: Path, found: Path) -> File | Folder:
+    """Open an anchor that was found at a file or beside it, so that it can take its place."""
+    return Folder(file, found, read_index(found)) if found.is_dir() else File(file, found, _fingerprint(found))

@@ -143,6 +143,8 @@ def plan(
     with faults:
         device = _check_alignment(inputs, target, labels)
         items = _items(inputs, target)
+        if any(share_of(item.like) for item in items):
+            items.sort(key=lambda item: min(item.names))  # what processes send each other is in one order in all of them
         merged = [item.name for item in items if item.dtype not in EXACT]
         if in_place:
             if method.orderless:

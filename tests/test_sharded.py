@@ -1,8 +1,10 @@
 """Merges of tensors that processes share: bit for bit those of the whole tensors, for every method.
 
-The processes are started by running this file: each carries out all checks, and says which of them fail.
+This file, run as a program, forks the processes, so that one import and one merge of the whole tensors serve all of them. Each
+carries out all checks, and says which of them fail.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,11 +13,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +28,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Along
 
-from mergekit_cl import MergeError, MismatchError, NonFiniteError, execute, merge, methods, survey
+from mergekit_cl import (
+    Elementwise,
+    KthOf,
+    MergeError,
+    MismatchError,
+    NonFiniteError,
+    Scope,
+    Steps,
+    SumOf,
+    Values,
+    execute,
+    merge,
+    method,
+    methods,
+    survey,
+)
 from mergekit_cl.api import prepare
 from mergekit_cl.kernels import BLOCK
 from mergekit_cl.models.sharded import Shard, local_of, with_local
@@ -55,7 +74,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 DTYPES = {"uneven": torch.bfloat16, "fragment": torch.bfloat16}
 WORLDS = [2, 3, 4]
-KINDS = ["sfa", "ties", "dare_ties", "breadcrumbs", "slerp", "nuslerp", "model_stock", "sce", "arcee_fusion", "della", "tsv_m"]
+KINDS = ["sfa", "dare_ties", "breadcrumbs", "slerp", "sce", "tsv_m"]
 
 
 def full_model(seed: int, names: Any = SHAPES, dtype: torch.dtype | None = None) -> Model:
@@ -185,18 +204,31 @@ def models_of(names: Any = SHAPES, dtype: torch.dtype | None = None) -> tuple[li
     return full, [shared_model(model, mesh) for model in full]
 
 
-def every_method() -> None:
-    """All of them in two processes; in more, some of each kind."""
-    full, shared = models_of()
-    failures = []
-    for name in methods() if dist.get_world_size() == 2 else KINDS:
+@cache
+def merged_whole() -> list[tuple[str, dict[str, Any], str, Model]]:
+    """The merges of the whole tensors by every method, in every mode."""
+    full = [full_model(seed) for seed in range(4)]
+    merged = []
+    for name in methods():
         for how in [{}, *MODES.get(name, [])]:
             by_slices = {"nuslerp_flatten", "filter_wise"} & how.keys()
             for scope in ["tensor", "model"] if "scope" in methods()[name].shown and not by_slices else ["tensor"]:
-                try:
-                    compare(name, full, shared, how, scope, backend="numpy", threads=1)
-                except AssertionError as error:
-                    failures.append(f"{name} {how} {scope}: {error}")
+                given, parameters = arguments(name, full, how, scope)
+                merged.append((name, how, scope, merge(given, name, **parameters, backend="numpy", threads=1)))
+    return merged
+
+
+def every_method() -> None:
+    """All of them in two processes; in more, one of each kind."""
+    shared = models_of()[1]
+    failures = []
+    for name, how, scope, expected in merged_whole():
+        if dist.get_world_size() == 2 or name in KINDS:
+            given, parameters = arguments(name, shared, how, scope)
+            try:
+                check_equal(merge(given, name, **parameters, backend="numpy", threads=1), expected, given[0])
+            except AssertionError as error:
+                failures.append(f"{name} {how} {scope}: {error}")
     assert not failures, "\n".join(failures)
 
 
@@ -209,6 +241,25 @@ def every_backend() -> None:
     full, shared = models_of(["uneven", "columns", "tiny", "few"], torch.bfloat16)
     for name in ("linear", "ties", "dare_ties", "slerp", "sce"):
         compare(name, full, shared, {}, "model", backend="triton")
+
+
+def called(scope: Scope) -> Steps:
+    """A method of formulas that cannot be traced, one of them with random numbers."""
+    (total,) = yield SumOf(lambda base, models: np.sort(models, axis=0)[0])
+    (cut,) = yield KthOf(lambda base, models: np.sort(models, axis=0)[-1] - base, [scope.elements // 3])
+
+    def formula(base: Values, models: list[Values], uniform: list[Values]) -> Values:
+        chosen = (np.sort(models, axis=0)[1] - base > cut.magnitude) | (uniform[0] < 0.5)
+        return np.where(chosen, models[0], base + models[1] / (1 + abs(total)))
+
+    return Elementwise(formula, seed=scope.seed)
+
+
+def formulas_that_the_interpreter_leaves_to_numpy() -> None:
+    full, shared = models_of(["uneven", "columns", "fragment", "few"])
+    for name in ("called", "arcee_fusion", "iso_c"):
+        for scope in ("tensor", "model") if "scope" in methods()[name].shown else ("tensor",):
+            compare(name, full, shared, {}, scope, backend="triton")
 
 
 def pieces_and_threads() -> None:
@@ -365,6 +416,22 @@ def what_is_sent() -> None:
     assert set(calls) == {"all_reduce"}
 
 
+def names_in_another_order() -> None:
+    """What the processes send each other belongs to the same tensors in all of them; each gets its own order back."""
+    names = ["uneven", "few", "fragment", "tiny"]
+    full, shared = models_of(names)
+    order = names if dist.get_rank() == 0 else names[::-1]
+    turned = [{name: model[name] for name in order} for model in shared]
+    for name in ("sfa", "ties", "karcher", "tsv_m", "dare_ties"):
+        for scope in ("tensor", "model") if "scope" in methods()[name].shown else ("tensor",):
+            given, parameters = arguments(name, full, {}, scope)
+            expected = merge(given, name, **parameters, backend="numpy")
+            given, parameters = arguments(name, turned, {}, scope)
+            found = merge(given, name, **parameters, backend="numpy")
+            check_equal(found, expected, given[0])
+            assert list(found) == order
+
+
 def two_kinds_of_parallelism() -> None:
     """Parameters that are sharded over one dimension of a mesh, and then by `fully_shard` over the other."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
@@ -390,56 +457,64 @@ def two_kinds_of_parallelism() -> None:
 CHECKS: dict[Check, list[int]] = {
     every_method: WORLDS,
     every_backend: [2],
+    formulas_that_the_interpreter_leaves_to_numpy: [2],
     pieces_and_threads: [2],
     every_placement: [2, 4],
-    in_place: WORLDS,
+    in_place: [2],
     integers_and_what_is_not_merged: [2, 4],
     tied_tensors_are_one: [2, 4],
     a_module_of_fsdp: [2, 4],
+    names_in_another_order: [2, 3],
     two_kinds_of_parallelism: [4],
-    all_processes_refuse_what_one_has: WORLDS,
+    all_processes_refuse_what_one_has: [2, 3],
     unlike_placements_are_refused: [2, 4],
     what_is_sent: [2, 3],
 }
 
 
-def work(rank: int, world: int, store: str, only: list[str]) -> int:
-    torch.set_num_threads(1)
+def work(rank: int, world: int, store: str, only: list[str]) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    failed = 0
     for check in [check for check, worlds in CHECKS.items() if world in worlds and (not only or check.__name__ in only)]:
         began = time.process_time()
         try:
             check()
         except BaseException:
-            failed += 1
             print(f"{check.__name__} failed in process {rank} of {world}:\n{traceback.format_exc()}", flush=True)
-            break  # the processes may have parted
-        print(f"{check.__name__}: {time.process_time() - began:.1f} s", flush=True)
+            os._exit(1)  # the processes may have parted
+        print(f"{check.__name__}, process {rank} of {world}: {time.process_time() - began:.1f} s", flush=True)
     dist.destroy_process_group()
+
+
+def launch(folder: str, only: list[str]) -> int:
+    """Fork the processes, as many as each of the numbers says in turn; return how many fail."""
+    torch.set_num_threads(1)
+    method(paper="", base="required")(called)
+    for backend in ("numba", "triton"):  # loaded once
+        merge([torch.ones(1), torch.ones(1)], "task_arithmetic", base=torch.ones(1), backend=backend)
+    merged_whole()
+    failed = 0
+    for world in WORLDS:
+        given = [(rank, world, f"{folder}/{world}", only) for rank in range(world)]
+        processes = [multiprocessing.get_context("fork").Process(target=work, args=each) for each in given]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            failed += process.exitcode != 0
     return failed
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("world", WORLDS)
-def test_processes(world: int, tmp_path: Path) -> None:
+def test_processes(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=280)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
+    command = [sys.executable, __file__, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    done = sum(f", process {rank} of {world}: " in ended.stdout for world in WORLDS for rank in range(world))
+    assert done == sum(WORLDS)
 
 
 if __name__ == "__main__":
-    sys.exit(work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]))
+    sys.exit(launch(sys.argv[1], sys.argv[2:]))

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -48,6 +50,7 @@ class Estimate:
         locals_ = {name: local_of(parameter) for name, parameter in parameters.items()}
         self.sums = {name: torch.zeros_like(local, dtype=wide_of([local])) for name, local in locals_.items()}
         self.count = 0
+        self.reached = 0  # gradients that were found: none where the loss does not depend on these parameters
         self._side_by_side = max(1, MEMORY // max(1, sum(local.nbytes for local in self.sums.values())))
 
     def add(self, batches: Iterable[Any], fisher: Literal["per_sample", "per_batch"]) -> None:
@@ -63,12 +66,18 @@ class Estimate:
 
     def share(self) -> None:
         """Add up what the processes of a `DistributedDataParallel` model have found, each from its own data."""
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            group = self.model.process_group
-            count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.device)
-            for tensor in (*self.sums.values(), count):
-                torch.distributed.all_reduce(tensor, group=group)
-            self.count = int(count)
+        replicated = _replicated(self.model)
+        if replicated is not None:
+            found = torch.tensor([self.count, self.reached], device=self.device)
+            for tensor in (*self.sums.values(), found):
+                dist.all_reduce(tensor, group=replicated.process_group)
+            self.count, self.reached = found.tolist()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are other processes, of whose data the model knows nothing."""
+        shared = _replicated(self.model) is not None or any(isinstance(p, DTensor) for p in self.parameters.values())
+        return not shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def _add_batch(self, batch: Any) -> None:
         parameters = list(self.parameters.values())
@@ -126,6 +135,7 @@ class Estimate:
             squares = local_of(gradient).to(self.sums[name].dtype).square()
             self.sums[name] += squares.sum(0) if stacked else squares
         self.count += count
+        self.reached += len(gradients)
 
     @torch.no_grad()
     def _draw(self, batch: Any) -> Any:
@@ -159,6 +169,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _replicated(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """Take what averages gradients over processes out of ``torch.compile``."""
+    while "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod")
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def _logits(model: nn.Module, inputs: Any) -> torch.Tensor:

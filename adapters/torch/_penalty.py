@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import pairwise
 from math import isfinite
+from numbers import Real
 from typing import Any, Final, Self, TypeAlias, cast
 
 import numpy as np
@@ -18,14 +20,23 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mergekit_cl import kernels
-from mergekit_cl.adapters.torch.parameters import Source, before_write, parameters_of, source_of, stepping, trainable
+from mergekit_cl.adapters.torch.parameters import (
+    Source,
+    before_write,
+    is_sharded,
+    parameters_of,
+    source_of,
+    stepping,
+    trainable,
+)
+from mergekit_cl.adapters.torch.sharding import shards_of
 from mergekit_cl.dtypes import compute_dtype, dtype_name
-from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
+from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing, unknown
 from mergekit_cl.execute import CHUNK, deal, processors
 from mergekit_cl.formula import Program, Traced, trace
 from mergekit_cl.kernels import Backend, Formula, Table
-from mergekit_cl.models.sharded import Shard, local_of, with_local
-from mergekit_cl.models.torch import dense
+from mergekit_cl.models.sharded import Leaf, Shard, local_of, with_local
+from mergekit_cl.models.torch import dense, memory
 
 SMALL: Final = 1 << 17
 """Elements of a table up to which PyTorch's operations, with their temporary tensors, take less time than to call a kernel."""
@@ -54,9 +65,16 @@ class Pulls:
         backend: As in `mergekit_cl.merge`. "numpy" stands for PyTorch's own operations.
         threads: As in `mergekit_cl.merge`.
 
+    Raises:
+        MergeError: The backend has another name, or the number of threads is none.
+
     """
 
     def __init__(self, backend: str, threads: int | None) -> None:
+        if backend not in ("auto", *kernels.BACKENDS):
+            raise unknown("backend", backend, ["auto", *kernels.BACKENDS])
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise MergeError(f"threads={threads!r}: must be a whole number, at least 1")
         self.backend = backend
         self.threads = processors() if threads is None else threads
 
@@ -209,9 +227,7 @@ class Penalty:
 
     @strength.setter
     def strength(self, strength: float) -> None:
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not (isfinite(strength) and strength >= 0):
-            raise MergeError(f"{self._name}: strength={strength!r}: must be a number, 0 or more")
-        self._strength = float(strength)
+        self._strength = checked_strength(strength, self._name)
 
     def add_gradients(self) -> None:
         """Add the gradient of the penalty to the gradients, in place. Call it once a step, after backward.
@@ -279,14 +295,18 @@ class Penalty:
         found = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Shard)}
         if not leaves:
             raise MergeError(f"{self._name}: no parameter requires a gradient; unfreeze before building {self._name}")
-        for name in leaves.keys() - found.keys():
+        flattened = shards_of(self._source) if isinstance(self._source, torch.nn.Module) else {}
+        for name in [name for name in leaves if name in flattened or name not in found]:
             raise MergeError(
-                f'{self._name}: "{name}" is sharded by FSDP1 or DeepSpeed, whose gradients are not found beside it; use FSDP2 '
-                "(fully_shard) or DDP"
+                f'{self._name}: "{name}" is trained by FSDP1 (FullyShardedDataParallel) or DeepSpeed, whose gradients are not '
+                "found beside it; use FSDP2 (fully_shard) or DDP"
             )
         for name, leaf in found.items():
+            if leaf.is_meta:
+                raise MergeError(f'{self._name}: "{name}" is on the meta device, and has no values; initialise the model first')
             if dtype_name(leaf.dtype) not in kernels.FLOATING or is_quantised(leaf):
                 raise MergeError(f'{self._name}: "{name}" is {type(leaf).__name__} of {leaf.dtype}; train bfloat16 to float64')
+        refuse_overlaps(found, self._name)
         self._frozen = {name: leaf for name, leaf in self._known().items() if not leaf.requires_grad}
         return found
 
@@ -374,6 +394,36 @@ def _summed(part: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> torch.T
     kinds = [Partial() if placement.is_shard() else Replicate() for placement in placements]
     total: torch.Tensor = DTensor.from_local(part, mesh, kinds, run_check=False).full_tensor()
     return total
+
+
+def checked_strength(strength: Any, owner: str) -> float:
+    """Return the factor of a penalty as a float.
+
+    Raises:
+        MergeError: It is no number, or below zero, or not finite.
+
+    """
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not (isfinite(strength) and float(strength) >= 0):
+        raise MergeError(f"{owner}: strength={strength!r}: must be a number, 0 or more")
+    return float(strength)
+
+
+def refuse_overlaps(leaves: Mapping[str, Leaf], owner: str) -> None:
+    """Refuse parameters that lie in the same memory in part, or in another order: what is done to one is done to both.
+
+    Raises:
+        MergeError: There are some.
+
+    """
+    whole = {name: local_of(leaf) for name, leaf in leaves.items() if not is_sharded(leaf)}
+    places = sorted((str(leaf.device), *memory(leaf), name) for name, leaf in whole.items() if leaf.numel())
+    for (device, _, stop, name), (other_device, start, _, other) in pairwise(places):
+        if device == other_device and start < stop:
+            one, two = sorted((name, other))
+            raise MergeError(
+                f'{owner}: "{one}" and "{two}" share a part of their memory; pass parameters that have memory of their own, '
+                "or make the two one parameter"
+            )
 
 
 def is_quantised(leaf: torch.Tensor) -> bool:

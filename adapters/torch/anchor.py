@@ -105,6 +105,9 @@ class Memory:
     def settle(self) -> None:
         """It is where it belongs."""
 
+    def drop(self) -> None:
+        """There is nothing to remove."""
+
 
 class File:
     """An anchor in a safetensors file, written once; between merges it takes no memory.
@@ -127,8 +130,8 @@ class File:
                     return cls(path, at, fingerprint)
             at = following(path) if mode(path) else path
             _write(at, leaves, dtype, fingerprint, notes)
-        anchor = cls(path, at, fingerprint)
-        anchor._opened = anchor._open()
+            anchor = cls(path, at, fingerprint)
+            anchor._opened = anchor._open()  # before another process may rename or drop it
         return anchor
 
     @classmethod
@@ -210,7 +213,8 @@ class File:
             return
         before, after = previous(self.path), following(self.path)
         with file_errors(self.path, "the anchor cannot be renamed"), _locked(self.path):
-            if not (mode(self.path) and metadata_of(self.path)[FINGERPRINT] == self.fingerprint):
+            # if it is not there, another process has renamed it, and may have gone on from it
+            if mode(self.at) and metadata_of(self.at)[FINGERPRINT] == self.fingerprint:
                 # an older anchor, of a run that goes on from an older checkpoint, changes places with the newer one
                 older = [(self.path, after), (before, self.path), (after, before)]
                 for old, new in older if self.at == before else [(self.path, before), (after, self.path)]:

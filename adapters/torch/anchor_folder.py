@@ -7,7 +7,8 @@ order; what one of them finds wrong all of them raise.
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -128,7 +129,8 @@ class Folder:
             name: with_local(leaf, torch.empty_like(local_of(leaf), dtype=getattr(torch, described[name].dtype)))
             for name, leaf in like.items()
         }
-        load(saved(leaves), checkpoint_id=self.at)
+        with _transfer_errors(self.at, "the anchor cannot be read"):
+            load(saved(leaves), checkpoint_id=self.at)
         return leaves
 
     def updated(
@@ -147,6 +149,8 @@ class Folder:
         before, after = previous(self.path), following(self.path)
 
         def rename() -> None:
+            if mode(self.path) and read_index(self.path) == self.index:
+                return  # another object has renamed it
             older = [(self.path, after), (before, self.path), (after, before)]
             with file_errors(self.path, "the anchor cannot be renamed"):
                 for old, new in older if self.at == before else [(self.path, before), (after, self.path)]:
@@ -243,7 +247,8 @@ def write(
 
     _by_first(prepare)
     copies = {name: with_local(leaf, local_of(leaf).to(dtype or leaf.dtype)) for name, leaf in leaves.items()}
-    save(saved(copies), checkpoint_id=new)
+    with _transfer_errors(path, "the anchor cannot be written"):
+        save(saved(copies), checkpoint_id=new)
     return _by_first(finish)
 
 
@@ -285,16 +290,31 @@ def save_once(path: Path, leaves: Mapping[str, Leaf], notes: Mapping[str, str]) 
 def _by_first(action: Callable[[], T]) -> T:
     """Let the first process do something, and tell all others what came of it, or what went wrong."""
     outcome: list[Any] = [None, None]
+    cause: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except CheckpointError as error:
-            outcome[1] = str(error)
+            outcome[1], cause = str(error), error
+        except Exception as error:  # whatever it is, the others wait
+            outcome[1], cause = f"SFA: the anchor cannot be read or written: {type(error).__name__}: {error}", error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
+        raise CheckpointError(outcome[1]) from cause
     result: T = outcome[0]
     return result
+
+
+@contextmanager
+def _transfer_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn what goes wrong in `torch.distributed.checkpoint`, in all processes alike, into an error about the anchor."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # no Exception, but a BaseException
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"SFA: {path}: {what} (process {rank}: {type(first).__name__}: {first})") from error
 
 
 def _checksums(folder: Path) -> dict[str, str]:

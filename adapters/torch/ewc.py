@@ -1,15 +1,21 @@
 """Elastic weight consolidation in a PyTorch training loop."""
 
+import logging
+import sys
 from collections.abc import Iterable, Mapping
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from mergekit_cl.adapters.torch._fisher import Estimate, Loss, classify
-from mergekit_cl.adapters.torch._penalty import Penalty, check_finite, like, matched, wide_of
+from mergekit_cl.adapters.torch._penalty import Penalty, check_finite, checked_strength, like, matched, wide_of
 from mergekit_cl.errors import MergeError, MismatchError, listing
 from mergekit_cl.models.sharded import local_of
+
+_logger = logging.getLogger(__name__)
 
 _SETTINGS = ("strength", "mode", "gamma", "fisher", "labels", "seed", "tasks", "offset")
 
@@ -34,7 +40,8 @@ class EWC(Penalty):
     The Fisher information is the mean of squared gradients of the log likelihood:
 
     - "per_sample", over samples, as it is defined. Gradients are computed side by side (``torch.func.vmap``) where the model
-      allows it, else one by one. Under `DistributedDataParallel` each process takes its own samples, and the sums are added up.
+      allows it, else one by one. Under `DistributedDataParallel` each process takes its own samples, and the sums are added up;
+      without it every process has the information of its own data alone (the log says so).
     - "per_batch", over batches, of the gradient of a batch's mean loss (as Avalanche does). It is faster, and smaller the
       larger the batches are: with gradients that are independent, by the size of a batch. Gradients are what backward leaves in
       ``.grad``: averaged over processes, if they are. For parameters sharded by FSDP2 it is the only way.
@@ -42,7 +49,7 @@ class EWC(Penalty):
     The model is in eval mode meanwhile: dropout is off, statistics of batch normalisation stay as they are.
 
     Args:
-        model: A ``torch.nn.Module``, wrapped as it is trained (DDP, FSDP2).
+        model: A ``torch.nn.Module``, wrapped as it is trained (DDP, FSDP2; FSDP1 and DeepSpeed are refused).
         strength: The factor of the penalty, 0 or more.
         mode: "separate", or "online".
         gamma: For mode "online": how much of the Fisher information of earlier tasks stays, in [0, 1].
@@ -89,11 +96,16 @@ class EWC(Penalty):
     ) -> None:
         if not isinstance(model, torch.nn.Module):
             raise MergeError(f"EWC: got {type(model).__name__}; pass a torch.nn.Module, whose gradients it can compute")
+        if "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine):
+            raise MergeError(
+                "EWC: DeepSpeed's engine averages gradients out of sight, so that processes would have different importances; "
+                "use DDP or FSDP2"
+            )
         super().__init__(model, strength, backend, threads)
         self.model = model
         self.mode, self.fisher, self.labels = mode, fisher, labels
         self.gamma, self.seed, self.tasks = gamma, seed, 0
-        self._check_settings(self.__dict__)
+        self._take_settings({name: getattr(self, name) for name in _SETTINGS})
         self.anchor: dict[str, torch.Tensor] = {}
         self.importance: dict[str, torch.Tensor] = {}
         self._trainable()
@@ -130,9 +142,7 @@ class EWC(Penalty):
         weights = {name: leaf for name, leaf in leaves.items() if name in fisher}
         check_finite(weights, "EWC: the weight")
         check_finite(fisher, "EWC: the Fisher information")
-        negative = [name for name, leaf in fisher.items() if bool((local_of(leaf) < 0).any())]
-        if negative:
-            raise MergeError(listing([f'EWC: the Fisher information of "{name}" is below zero' for name in negative]))
+        _refuse_negative(fisher, "the Fisher information")
         self._consolidate(weights, fisher)
         self.tasks += 1
 
@@ -150,7 +160,8 @@ class EWC(Penalty):
             For each parameter a tensor of its shape, float32 (float64 for float64), sharded as it is.
 
         Raises:
-            MergeError: No batches, batches that the options do not fit, or sharded parameters with "per_sample".
+            MergeError: No batches, batches that the options do not fit, a loss that no parameter has a part in, or sharded
+                parameters with "per_sample".
 
         """
         leaves = self._trainable()
@@ -164,10 +175,20 @@ class EWC(Penalty):
             raise MergeError('EWC: labels="sampled" draws labels for the default loss only; draw them in your loss')
         estimate = Estimate(self.model, leaves, loss or classify, self.seed + self.tasks if self.labels == "sampled" else None)
         estimate.add(batches, self.fisher)
+        if estimate.is_alone:
+            _logger.warning(
+                "EWC: the Fisher information is that of this process's own data, and may be another elsewhere: the model is "
+                "not wrapped by DistributedDataParallel or fully_shard; pass it wrapped, or the same data to all processes"
+            )
         if self.fisher == "per_sample":
             estimate.share()
         if not estimate.count:
             raise MergeError("EWC: there are no batches to estimate from; pass some (an iterator can be used only once)")
+        if not estimate.reached:
+            raise MergeError(
+                "EWC: no parameter got a gradient: the loss does not depend on them; build EWC of the model that the loss is "
+                "computed with, as it is wrapped"
+            )
         return {name: like(leaves[name], total / estimate.count) for name, total in estimate.sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,20 +203,20 @@ class EWC(Penalty):
 
         Raises:
             MismatchError: What is kept in the state is of another model; nothing was loaded.
-            MergeError: The state is not one of EWC.
+            MergeError: The state is not one of EWC, or damaged; nothing was loaded.
 
         """
         missing = [name for name in (*_SETTINGS, "anchor", "importance") if name not in state]
         if missing:
             raise MergeError(f'EWC: the state lacks "{missing[0]}"; pass what EWC.state_dict() returned')
-        self._check_settings(state)
+        settings = self._checked(state)
         if state["anchor"].keys() != state["importance"].keys():
             raise MismatchError("EWC: the saved anchor and the saved Fisher information are of different parameters")
         known = self._known()
         anchor = matched(state["anchor"], known, "EWC: the saved anchor")
         importance = matched(state["importance"], known, "EWC: the saved Fisher information")
-        for name in _SETTINGS:
-            setattr(self, name, state[name])
+        _refuse_negative(importance, "the saved Fisher information")
+        self._take_settings(settings)
         self._take(anchor, importance)
 
     @property
@@ -245,13 +266,36 @@ class EWC(Penalty):
         self.anchor, self.importance = anchor, importance
         self._hold(anchor, importance)
 
-    def _check_settings(self, given: Mapping[str, Any]) -> None:
+    def _take_settings(self, settings: Mapping[str, Any]) -> None:
+        for name, value in self._checked(settings).items():
+            setattr(self, name, value)
+
+    def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings and counters as strings and numbers of Python, after checking all of them."""
         known = {"mode": ("separate", "online"), "fisher": ("per_sample", "per_batch"), "labels": ("given", "sampled")}
         for name, values in known.items():
             if given[name] not in values:
                 raise MergeError(f'EWC: {name}={given[name]!r}: must be "{values[0]}" or "{values[1]}"')
-        gamma, seed = given["gamma"], given["seed"]
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
+        gamma, seed, tasks, offset = (given[name] for name in ("gamma", "seed", "tasks", "offset"))
+        if isinstance(gamma, bool) or not isinstance(gamma, Real) or not 0 <= float(gamma) <= 1:
             raise MergeError(f"EWC: gamma={gamma!r}: must be in [0, 1]")
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise MergeError(f"EWC: seed={seed!r}: must be an integer")
+        if isinstance(tasks, bool) or not isinstance(tasks, Integral) or int(tasks) < 0:
+            raise MergeError(f"EWC: tasks={tasks!r}: must be a number of tasks, 0 or more")
+        if isinstance(offset, bool) or not isinstance(offset, Real) or not (isfinite(offset) and float(offset) >= 0):
+            raise MergeError(f"EWC: offset={offset!r}: must be a number, 0 or more")
+        return {
+            **{name: given[name] for name in known},
+            "strength": checked_strength(given["strength"], "EWC"),
+            "gamma": float(gamma),
+            "seed": int(seed),
+            "tasks": int(tasks),
+            "offset": float(offset),
+        }
+
+
+def _refuse_negative(fisher: Mapping[str, torch.Tensor], what: str) -> None:
+    negative = [name for name, leaf in fisher.items() if bool((local_of(leaf) < 0).any())]
+    if negative:
+        raise MergeError(listing([f'EWC: {what} of "{name}" is below zero' for name in negative]))

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 import torch
 
 from mergekit_cl.adapters.torch._penalty import Penalty, Row, check_finite, like, matched
+from mergekit_cl.adapters.torch.parameters import skipped
 from mergekit_cl.dtypes import output_dtype
 from mergekit_cl.errors import MergeError, MismatchError, listing
 from mergekit_cl.models.sharded import local_of
@@ -155,8 +156,7 @@ class L2Anchor(Penalty):
         self._hold(anchor)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        skipped = getattr(optimizer, "found_inf", None)  # of a fused optimizer under a GradScaler
-        if skipped is None or not skipped:
+        if not skipped(optimizer):
             self._pull(optimizer)
 
     def _pull(self, optimizer_or_lr: torch.optim.Optimizer | float) -> None:

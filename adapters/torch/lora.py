@@ -1,10 +1,12 @@
-"""Low-rank adapters while they are trained (PEFT LoRA): which parameters are factors of a product, and how products average.
+"""Low-rank adapters while they are trained: which parameters are factors of a product, and how products average.
 
+Factors of LoRA are known by the names that PEFT, torchtune, diffusers and kohya's scripts give them.
 The weight of a module is ``W + s * B @ A``. An average of two such weights is not the product of averaged factors. It is exact
 where one factor of the anchor is zero, as in an adapter that was just added (B; of an embedding A):
 ``beta * W + (1 - beta) * (W + s * B @ A)`` is ``W + s * ((1 - beta) * B) @ A``, so that factor is averaged, with zero, and the
-other left alone. Everything else that an adapter trains (magnitudes of DoRA, biases, ``modules_to_save``) enters the weights by
-itself, and is averaged as any parameter.
+other left alone. Everything else that an adapter trains (biases, rows of tokens, ``modules_to_save``) enters the weights by
+itself, and is averaged as any parameter. DoRA divides ``W + s * B @ A`` by its norm: no factors give an average of such
+weights.
 """
 
 import re
@@ -18,8 +20,20 @@ from torch import nn
 from mergekit_cl.adapters.torch.parameters import Source
 from mergekit_cl.errors import MergeError, listing
 
-_FACTOR = re.compile(r"(?P<module>(.+\.)?lora_(embedding_)?)(?P<factor>[AB])(?P<rest>\.[^.]+)?(\.weight)?")
-_LINEAR = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l", "ln_tuning_layers"}
+_REST = r"(?P<rest>\.(?!weight$)[^.]+)?(\.weight)?"
+_FACTOR = re.compile(r"(?P<module>(.+\.)?)(?P<kind>lora[._](embedding_)?)(?P<factor>[AaBb]|down|up)" + _REST)
+_MAGNITUDE = re.compile(r"(?P<module>(.+\.)?)(lora_magnitude_vector|magnitude)" + _REST)
+_FIRST = ("A", "a", "down")  # the factor that comes first in a computation
+_LINEAR = {
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",  # if no factor is trained beside it: see `refuse_magnitudes`
+    "trainable_tokens_delta",
+    "ia3_l",
+    "ln_tuning_layers",
+}
 
 
 class Pair(NamedTuple):
@@ -38,12 +52,35 @@ def pairs_of(names: Iterable[str]) -> list[Pair]:
 
     A factor whose partner is not among them does not change: it is averaged as any parameter, which is exact.
     """
-    found: dict[tuple[str, str | None], dict[str, str]] = {}
+    found: dict[tuple[str, ...], dict[str, str]] = {}
     for name in names:
         match = _FACTOR.fullmatch(name)
         if match:
-            found.setdefault((match["module"], match["rest"]), {})[match["factor"]] = name
+            factor = "A" if match["factor"] in _FIRST else "B"
+            found.setdefault(match.group("module", "kind", "rest"), {})[factor] = name
     return [Pair(factors["A"], factors["B"]) for factors in found.values() if len(factors) == 2]
+
+
+def refuse_magnitudes(names: Iterable[str], trained: Iterable[str]) -> None:
+    """Refuse LoRA factors that are trained in a module which has a magnitude too (DoRA).
+
+    Args:
+        names: Of all parameters.
+        trained: Names of those that are to be averaged.
+
+    Raises:
+        MergeError: There are such.
+
+    """
+    magnitudes = {match.group("module", "rest") for match in map(_MAGNITUDE.fullmatch, names) if match}
+    for name in trained:
+        match = _FACTOR.fullmatch(name)
+        if match and match.group("module", "rest") in magnitudes:
+            raise MergeError(
+                f'SFA: "{name}" is a factor of DoRA, which divides the weights by their norm: no factors give the average of '
+                "two such weights; merge the adapter into its base before SFA (PEFT: merge_and_unload()), or train plain LoRA "
+                "(use_dora=False)"
+            )
 
 
 def refuse_other_products(source: Source) -> None:

@@ -98,6 +98,12 @@ def stepping(optimizer: Any, source: Source, owner: str) -> torch.optim.Optimize
     return found
 
 
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer, in a hook after its step, has left the step out, as a gradient scaler had it do."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 def parameters_of(source: Source) -> dict[str, Leaf]:
     """Return all parameters by name, those that are one object once: plain tensors, DTensors, or shards (FSDP1, DeepSpeed).
 

@@ -49,8 +49,10 @@ class Rehearsal:
 
         Args:
             batch: The batch, on any device.
-            task: The task that they are from: a number or a string. A `Balanced` buffer gives every task the same share.
-            labels: The label of each example, as a tensor or a list. Then it gives every label of every task the same share.
+            task: The task that they are from: a number (or a tensor of one), or a string. A `Balanced` buffer gives every task
+                the same share.
+            labels: The label of each example, as a tensor, an array or a list. Then it gives every label of every task the same
+                share.
 
         Raises:
             MergeError: The batch is of another structure, its tensors differ in their number of rows, there are not as many
@@ -61,7 +63,7 @@ class Rehearsal:
         if labels is None:
             groups = [task] * len(rows)
         else:
-            labels = labels.tolist() if isinstance(labels, torch.Tensor) else list(labels)
+            labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
             groups = [(task, label) for label in labels]
         if len(groups) != len(rows):
             raise MergeError(f"Rehearsal: {len(groups)} labels for a batch of {len(rows)}; pass the label of each example")

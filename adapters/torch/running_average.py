@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from mergekit_cl.adapters.torch._penalty import Pulls, refuse_overlaps, wide_of
 from mergekit_cl.adapters.torch.anchor import File, fingerprint_of, write
 from mergekit_cl.adapters.torch.parameters import (
     after_write,
@@ -17,6 +19,7 @@ from mergekit_cl.adapters.torch.parameters import (
     clean,
     parameters_of,
     place_of,
+    skipped,
     source_of,
     stepping,
     trainable,
@@ -28,6 +31,7 @@ from mergekit_cl.continual.schedule import MergeSchedule
 from mergekit_cl.dtypes import dtype_name, output_dtype
 from mergekit_cl.errors import CheckpointError, MergeError, MismatchError, NonFiniteError, listing
 from mergekit_cl.execute import Executor
+from mergekit_cl.merge_methods.linear import normalized
 from mergekit_cl.models import open_model
 from mergekit_cl.models.sharded import Leaf, Shard, local_of, with_local
 from mergekit_cl.registry import find
@@ -54,7 +58,8 @@ class RunningAverage:
 
     `swapped` puts the average into the model for an evaluation, `copy_to` into a model for good. Parameters that require a
     gradient when this is built are averaged, tied ones once, also while they are frozen; the others cost nothing. Of parameters
-    that are sharded over processes (FSDP) every process averages its own part; all processes make the same calls.
+    that are sharded over processes (FSDP) every process averages its own part; all processes make the same calls. The factors
+    of a LoRA adapter are averaged one by one, as is customary: their product is not quite the average of the products.
 
     An average with a decay near one moves by less than a rounding error of bfloat16 at each capture, that is, not at all: keep
     the average of a model in bfloat16 in ``dtype=torch.float32``.
@@ -74,14 +79,14 @@ class RunningAverage:
         dtype: A dtype for the average; that of each parameter by default. It must reach as far as theirs.
         buffers: "keep" leaves floating buffers, such as those of batch normalisation, out of the average; "average" takes them
             in. Integers are never averaged.
-        nonfinite: "error" reads the parameters once more at each capture, in search of NaN and infinities, before the average
-            is changed. "allow" lets them through.
+        nonfinite: "error" reads the parameters once more at each capture, in search of NaN and infinities (and of numbers next
+            to these, whose differences overflow), before the average is changed. "allow" lets them through.
         backend: As in `mergekit_cl.merge`.
         threads: As in `mergekit_cl.merge`.
 
     Raises:
         MergeError: A setting that the kind does not have, a value out of range, nothing to train, or parameters of a kind that
-            cannot be merged.
+            cannot be merged, or that share a part of their memory.
 
     >>> weight = torch.nn.Parameter(torch.tensor([0.0]))
     >>> average = RunningAverage([weight], "uniform")
@@ -122,6 +127,7 @@ class RunningAverage:
         self._device = torch.device("cpu") if average == "cpu" else None
         self._folder = None if average in ("memory", "cpu") else Path(average)
         self._backend, self._threads = backend, threads
+        self._pulls = Pulls(backend, threads)
         self._hook: Any = None
         self._swapped = False
         self._prepared: tuple[Any, Executor] | None = None
@@ -159,9 +165,7 @@ class RunningAverage:
         """Call `step` after each step of the optimizer, but not one that a gradient scaler skipped, by a hook; return self."""
         if self._hook is not None:
             raise MergeError("RunningAverage: attached to an optimizer already; detach() first")
-        self._hook = stepping(optimizer, self._source, "RunningAverage").register_step_post_hook(
-            lambda *_: self._count() and None
-        )
+        self._hook = stepping(optimizer, self._source, "RunningAverage").register_step_post_hook(self._after_step)
         return self
 
     def detach(self) -> None:
@@ -212,20 +216,31 @@ class RunningAverage:
     def copy_to(self, module_or_parameters: Any) -> None:
         """Write the average into a model, for good: the one that is trained, or another one of the same names and shapes.
 
-        What is not averaged, frozen parameters and buffers, is copied from the model that is trained. Where dtypes differ
-        values are rounded once.
+        What is not averaged, frozen parameters and buffers, is copied from the model that is trained. Tensors that are tied
+        there need not be in the other model; each of them is written. Where dtypes differ values are rounded once.
 
         Raises:
             MergeError: Nothing was captured yet, or the model is swapped.
-            MismatchError: The other model lacks a tensor, or has it in another shape; nothing was written.
+            MismatchError: The other model lacks a tensor, has one more, has it in another shape, or ties what is not tied in
+                the model that is trained; nothing was written.
 
         """
         averages = self._averages("copy_to()")
         target = source_of(module_or_parameters, "RunningAverage.copy_to")
-        before_write(target)
-        values = {name: local_of(leaf) for name, leaf in _everything(self._source).items()} | averages
+        for source in (self._source, target):
+            before_write(source)
+        own = _everything(self._source)
+        averaged = {place_of(own[name]): average for name, average in averages.items() if place_of(own[name])}
+        values = {name: averaged.get(place_of(leaf), local_of(leaf)) for name, leaf in own.items()}
         places = {name: local_of(leaf) for name, leaf in _everything(target).items()}
         problems = [f'"{name}" is missing' for name in values if name not in places]
+        if isinstance(self._source, nn.Module):
+            problems += [f'"{name}" is not in the model that is trained' for name in places if name not in values]
+        first: dict[Any, str] = {}
+        for name, place in places.items():
+            other = first.setdefault(place_of(place) or name, name)
+            if {name, other} <= values.keys() and values[name].data_ptr() != values[other].data_ptr():
+                problems.append(f'"{name}" is tied to "{other}", but not in the model that is trained')
         problems += [
             f'"{name}" has the shape {tuple(places[name].shape)}, not {tuple(value.shape)}'
             for name, value in values.items()
@@ -262,6 +277,7 @@ class RunningAverage:
         self._saved = {file.path for file in self._files}
         return {
             **{name: getattr(self, name) for name in (*_SETTINGS, *_COUNTERS)},
+            "decay": None if self.decay is None else float(self.decay),
             "dtype": None if self._dtype is None else dtype_name(self._dtype),
             "memory": [self._sharded(capture) for capture in self._memory],
             "files": [{"file": file.path.name, "fingerprint": file.fingerprint} for file in self._files],
@@ -273,12 +289,28 @@ class RunningAverage:
         The parameters themselves are the model's to load, before or after.
 
         Raises:
-            MismatchError: The average in the state is of another model; nothing was loaded.
+            MismatchError: The average in the state is of another model, or another process, which shares the parameters, cannot
+                load its own; nothing was loaded.
             CheckpointError: A file that the state names is missing, or not what it was; nothing was loaded.
             MergeError: The state is not one of this class, or the model is swapped.
 
         """
         self._refuse_swapped("load_state_dict()")
+        failure: Exception | None = None
+        read: dict[str, Any] = {}
+        try:
+            read = self._read(state)
+        except Exception as error:  # whatever it is, the other processes must hear of it
+            failure = error
+        problems = agreed([] if failure is None else [str(failure)], self._tracked().values())
+        if failure is not None:
+            raise failure
+        if problems:
+            raise MismatchError(listing(problems))
+        self.__dict__.update(read)
+
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the attributes that a state stands for, after checking it."""
         missing = [name for name in (*_SETTINGS, *_COUNTERS, "dtype", "memory", "files") if name not in state]
         if missing:
             raise MergeError(f'RunningAverage: the state lacks "{missing[0]}"; pass what RunningAverage.state_dict() returned')
@@ -294,11 +326,17 @@ class RunningAverage:
         dtype = None if state["dtype"] is None else getattr(torch, output_dtype(state["dtype"]))
         memory = [self._loaded(saved, dtype) for saved in state["memory"]]
         files = [self._found(saved) for saved in state["files"]]
-        self.kind, self.decay, self.last, self.every, self.start = settings
-        self.step_count, self.captures, self._dtype = steps, captures, dtype
-        self._memory, self._files, self._prepared = memory, files, None
-        self._written = [file.path for file in files]
-        self._saved = set(self._written)
+        return {
+            **dict(zip(_SETTINGS, settings, strict=True)),
+            "step_count": steps,
+            "captures": captures,
+            "_dtype": dtype,
+            "_memory": memory,
+            "_files": files,
+            "_prepared": None,
+            "_written": [file.path for file in files],
+            "_saved": {file.path for file in files},
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: not what was prepared for the memory of these very parameters."""
@@ -312,6 +350,10 @@ class RunningAverage:
         )
 
     # Capturing
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not skipped(optimizer):
+            self._count()
 
     def _count(self) -> bool:
         self._refuse_swapped("a step")
@@ -331,7 +373,7 @@ class RunningAverage:
                 "another one once parameters are unfrozen"
             )
         current = self._tracked()
-        if self.captures and self.kind != "last":
+        if self.captures and self.kind == "ema":
             try:
                 self._executor(current).run()
             except NonFiniteError as error:
@@ -341,11 +383,22 @@ class RunningAverage:
         if self._folder is not None:
             self._write(current, self._folder / f"step-{self.step_count:08}.safetensors")
             return
+        if self.captures and self.kind == "uniform":
+            self._add(current)
+            return
         for name, place in self._memory[self.captures % len(self._memory)].items():
             place.copy_(local_of(current[name]))
 
+    def _add(self, current: dict[str, Leaf]) -> None:
+        """Bring the weights into the mean, with the bits of a merge ("linear") of the two: ``avg - share * (avg - theta)``."""
+        _, share = normalized([self.captures, 1])
+        means = self._memory[0]
+        self._pulls.add(
+            (mean, mean, (local_of(current[name]).detach().to(mean.device),), -share) for name, mean in means.items()
+        )
+
     def _executor(self, current: dict[str, Leaf]) -> Executor:
-        """Prepare the next update of the average; keep it as long as all stays where it is in memory."""
+        """Prepare the next update of an exponential average; keep it as long as all stays where it is in memory."""
         key = [self.decay, *((name, place_of(leaf), leaf.dtype) for name, leaf in current.items())]
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
@@ -355,15 +408,13 @@ class RunningAverage:
             average = {name: with_local(leaf, self._memory[0][name]) for name, leaf in current.items()}
         else:
             current = {name: local_of(leaf).to(average[name].device) for name, leaf in current.items()}
-        ema = self.kind == "ema"
         executor, _ = prepare(
-            find("sfa" if ema else "linear"), [average, current], None, average,
+            find("sfa"), [average, current], None, average,
             backend=self._backend, threads=self._threads, nonfinite=self._nonfinite,
-            parameters={"beta": self.decay} if ema else {"weight": [self.captures, 1]},
-            labels=["the average", "the model"],
+            parameters={"beta": self.decay}, labels=["the average", "the model"],
             constant=frozenset({0}),  # an average of finite numbers is finite, so it is not read again to see
         )  # fmt: skip
-        self._prepared = (key, executor) if ema and beside and executor.reads_in_place else None
+        self._prepared = (key, executor) if beside and executor.reads_in_place else None
         return executor
 
     def _write(self, current: dict[str, Leaf], path: Path) -> None:
@@ -445,6 +496,7 @@ class RunningAverage:
         if self._average_buffers and not isinstance(self._source, nn.Module):
             raise MergeError('RunningAverage: buffers="average" needs the module; parameters alone have no buffers')
         open_model({name: local_of(leaf) for name, leaf in leaves.items()}, "RunningAverage")
+        refuse_overlaps(leaves, "RunningAverage")
         for name, leaf in leaves.items():
             if self._dtype is not None and torch.finfo(self._dtype).max < torch.finfo(leaf.dtype).max:
                 raise MergeError(
@@ -464,10 +516,15 @@ class RunningAverage:
 
     def _check_finite(self, leaves: Mapping[str, Leaf], where: str) -> None:
         if self._nonfinite == "error":
-            spoiled = [name for name, leaf in leaves.items() if not _is_finite(local_of(leaf))]
-            problems = agreed([f'RunningAverage, {where}: "{name}" holds NaN or Inf' for name in spoiled], leaves.values())
+            problems = agreed(self._faults(leaves, where), leaves.values())
             if problems:
                 raise NonFiniteError(listing(problems))
+
+    def _faults(self, leaves: Mapping[str, Leaf], where: str) -> list[str]:
+        if self._nonfinite == "allow":
+            return []
+        spoiled = [name for name, leaf in leaves.items() if not _is_finite(local_of(leaf))]
+        return [f'RunningAverage, {where}: "{name}" holds NaN or Inf, or numbers next to it' for name in spoiled]
 
     def _refuse_swapped(self, asked: str) -> None:
         if self._swapped:
@@ -487,7 +544,9 @@ class RunningAverage:
             raise MergeError("RunningAverage: the state is damaged: the average is not made of tensors")
         leaves, local = self._tracked(), {name: local_of(leaf) for name, leaf in saved.items()}
         self._match(local, {name: local_of(leaf) for name, leaf in leaves.items()})
-        self._check_finite(saved, "the saved average")
+        faults = self._faults(saved, "the saved average")
+        if faults:
+            raise NonFiniteError(listing(faults))
         return {
             name: local[name].to(self._device or leaf.device, dtype or leaf.dtype, copy=True) for name, leaf in leaves.items()
         }
@@ -526,8 +585,9 @@ def _checked(settings: Mapping[str, Any]) -> tuple[Any, float | None, int | None
             raise MergeError(f'RunningAverage: {name} is for kind="{owner}", not "{kind}"; leave it away')
     if kind == "ema":
         decay = 0.999 if decay is None else decay
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= float(decay) <= 1:
             raise MergeError(f"RunningAverage: decay={decay!r}: must be in [0, 1]")
+        decay = float(decay)
     if kind == "last":
         if last is None:
             raise MergeError('RunningAverage: kind="last" needs last, the number of captures to average')
@@ -536,9 +596,15 @@ def _checked(settings: Mapping[str, Any]) -> tuple[Any, float | None, int | None
 
 
 def _everything(source: Any) -> dict[str, Leaf]:
-    """Return all parameters, and all buffers, by name."""
-    buffers = unwrapped(source).named_buffers() if isinstance(source, nn.Module) else ()
-    return parameters_of(source) | {clean(name): buffer for name, buffer in buffers}
+    """Return all parameters, and all buffers, by name: tied ones under each of their names."""
+    found = parameters_of(source)
+    if not isinstance(source, nn.Module):
+        return found
+    module = unwrapped(source)
+    first = {id(parameter): clean(name) for name, parameter in module.named_parameters()}
+    tied = {clean(name): first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+    found |= {name: found[other] for name, other in tied.items() if other in found}
+    return found | {clean(name): buffer for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -548,11 +614,12 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise MergeError(f"RunningAverage: {name}={value!r}: must be a whole number, {least} or more")
-    return value
+    return int(value)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Look for NaN and infinities in one pass; ``isfinite`` takes three times as long, for its temporary tensors."""
-    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+    """Whether no entry is NaN or infinite, and no difference of two overflows, in one pass and without temporary tensors."""
+    limit = torch.finfo(wide_of([tensor])).max / 2
+    return not tensor.numel() or all(abs(extreme) <= limit for extreme in torch.stack(tensor.aminmax()).tolist())

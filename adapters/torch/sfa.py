@@ -19,6 +19,7 @@ from mergekit_cl.adapters.torch.parameters import (
     is_sharded,
     parameters_of,
     place_of,
+    skipped,
     source_of,
     stepping,
     trainable,
@@ -27,8 +28,8 @@ from mergekit_cl.adapters.torch.sharding import agreed
 from mergekit_cl.api import prepare
 from mergekit_cl.checkpoint.stored import is_source
 from mergekit_cl.continual.schedule import MergeSchedule
-from mergekit_cl.dtypes import dtype_name, output_dtype
-from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
+from mergekit_cl.dtypes import dtype_name, type_of
+from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing, unknown
 from mergekit_cl.execute import Executor, rehearse
 from mergekit_cl.filters import Parameters
 from mergekit_cl.models import Leaf, library_of, open_model
@@ -48,6 +49,7 @@ _OPTIONS = {
 _COUNTERS = ("steps_before", "step_count", "merges", "last_merge_step")
 _SETTINGS = ("method", "parameters", "seed", "p", "every", "total_steps", "policy", "optimizer_state", "buffers", "lora")
 _STEPS_BEFORE = "steps_before"
+_STEP = "step"  # of the task, whose merge has given an anchor that rolls
 _QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes, which packs codes into tensors
 
 
@@ -70,7 +72,9 @@ class SFA:
     counts by calling `step`; with `attach`, one that the optimizer carried out (not one that a gradient scaler skipped, nor
     one that only accumulates gradients).
 
-    Sharded parameters (FSDP, DeepSpeed's engine) are merged where they are: every process builds and steps its own SFA.
+    Sharded parameters (FSDP, DeepSpeed's engine) are merged where they are: every process builds and steps its own SFA. What
+    an optimizer keeps that gives the parameters anew at its next step (masters of apex's O2, schedule-free's z) does not follow
+    a merge: pass these masters to SFA, or use another optimizer.
 
     Args:
         model_or_parameters: A ``torch.nn.Module``; or parameters, or pairs of name and parameter (then these are averaged);
@@ -95,11 +99,13 @@ class SFA:
             first step (until then a saved anchor may be loaded): the average of two products is no product of their rank.
             "svd" takes the nearest one that is; the factors are others then, which the moments of an optimizer do not know
             (see ``optimizer_state``). Where one is zero, as in a fresh adapter, the average is exact: that factor is averaged,
-            and the other left alone. Only method "sfa" merges pairs.
+            and the other left alone. Only method "sfa" merges pairs; factors of DoRA are refused.
         nonfinite: "error" reads the parameters once more at each merge, in search of NaN and infinities, before any of them is
             written. "allow" lets them through.
         seed: For methods with random masks. A merge after s steps, counted over all tasks, has the seed ``(seed << 32) + s``:
             masks are new each time, and the same in a run that is repeated or resumed.
+        resume: True takes no anchor here, for a run that goes on: nothing is copied, hashed or written, and `load_state_dict`
+            or `resume_from` has to bring the anchor before the first step.
         backend: As in `mergekit_cl.merge`.
         threads: As in `mergekit_cl.merge`.
         **parameters: Those of the method, as in `mergekit_cl.merge`: ``SFA(model, method="ties", density=0.2, every=100)``,
@@ -144,6 +150,7 @@ class SFA:
         lora: Literal["exact", "svd"] = "exact",
         nonfinite: Literal["error", "allow"] = "error",
         seed: int = 0,
+        resume: bool = False,
         backend: str = "auto",
         threads: int | None = None,
         **parameters: Any,
@@ -159,9 +166,11 @@ class SFA:
         self.p = 0.25 if p is None and every is None else p
         self._every = every
         self._place = _place(anchor)
-        self._anchor_dtype = None if anchor_dtype is None else getattr(torch, output_dtype(anchor_dtype))
+        self._anchor_dtype = None if anchor_dtype is None else _dtype(anchor_dtype)
         self.policy, self.optimizer_state, self.buffers, self.lora = policy, optimizer_state, buffers, lora
         _check_options(policy=policy, optimizer_state=optimizer_state, buffers=buffers, lora=lora, nonfinite=nonfinite)
+        if buffers == "average" and isinstance(self._source, dict):
+            raise MergeError('SFA: buffers="average" needs the module, which has the buffers; got parameters')
         self._nonfinite: Literal["error", "allow"] = nonfinite
         self._backend, self._threads = backend, threads
         self._optimizer: torch.optim.Optimizer | None = None
@@ -170,7 +179,8 @@ class SFA:
         self.steps_before = self.step_count = 0
         self.finished = False
         self._refused: MergeError | None = None
-        self._kept = self._begin_task(_schedule(self.p, every, total_steps), 0, resumable=True)
+        self._taken: Anchor | None = None
+        self._begin_task(_schedule(self.p, every, total_steps), 0, resumable=True, take=not resume)
 
     def new_task(self, total_steps: int | None = None) -> None:
         """Begin a task: the present weights become the anchor, and steps are counted from 0 again.
@@ -184,8 +194,9 @@ class SFA:
             MergeError: As for the constructor; the running task is then left as it is.
 
         """
-        schedule = _schedule(self.p, self._every, total_steps)
-        self._kept = self._begin_task(schedule, self.steps_before + self.step_count)
+        self._check_anchored()
+        self._begin_task(_schedule(self.p, self._every, total_steps), self.steps_before + self.step_count)
+        self._refused = None
         self._kept.settle()
 
     def step(self) -> bool:
@@ -198,7 +209,8 @@ class SFA:
             NonFiniteError: It is time to merge, but a parameter holds NaN or Inf; nothing was written. The step counts, so
                 that a loop which goes on merges at the steps that it would have merged at.
             CheckpointError: The anchor's file is gone, or damaged; nothing was written.
-            MergeError: SFA is attached to an optimizer, or a parameter has become trainable since the task began.
+            MergeError: SFA is attached to an optimizer, or a parameter has become trainable since the task began; or there is
+                no anchor yet (``resume=True``).
 
         """
         if self._hooks:
@@ -220,6 +232,7 @@ class SFA:
             MergeError: As `step`; the task is not over then.
 
         """
+        self._check_anchored()
         over = self.finished or (self.total_steps is not None and self.step_count >= self.total_steps)
         merged = not over and self.last_merge_step != self.step_count
         if merged:
@@ -256,16 +269,23 @@ class SFA:
         An optimizer that wraps another one (of accelerate, or Lightning) is unwrapped.
 
         Raises:
-            MergeError: It is attached already, or this is no optimizer of PyTorch, or DeepSpeed's.
+            MergeError: It is attached already, or this is no optimizer of PyTorch, or DeepSpeed's, or one of other parameters.
 
         """
         if self._hooks:
             raise MergeError("SFA: attached to an optimizer already; detach() first")
         inner = stepping(optimizer, self._source, "SFA")
+        leaves = parameters_of(self._source)
+        # parts of flattened parameters (FSDP1) are not those that the optimizer has
+        if not _of_optimizer(inner, leaves) and not any(isinstance(leaf, Shard) for leaf in leaves.values()):
+            raise MergeError(
+                f"SFA: the optimizer has none of its {len(leaves)} parameters; build SFA of the parameters that the optimizer "
+                "updates, after the model has been wrapped or moved"
+            )
         self._optimizer = inner
         self._hooks = [
             inner.register_step_pre_hook(lambda *_: self._include_new()),
-            inner.register_step_post_hook(lambda *_: self._count() and None),
+            inner.register_step_post_hook(self._after_step),
         ]
         return self
 
@@ -287,7 +307,7 @@ class SFA:
         if rolling:
             anchor = {name: with_local(leaf, local_of(leaf).clone()) for name, leaf in anchor.items()}
         return {
-            **{name: getattr(self, name) for name in (*_SETTINGS, *_COUNTERS, "finished")},
+            **{name: _plain(getattr(self, name)) for name in (*_SETTINGS, *_COUNTERS, "finished")},
             "fingerprint": None if isinstance(self._kept, Memory) or rolling else self._kept.fingerprint,
             "anchor": saved(anchor),
         }
@@ -312,7 +332,8 @@ class SFA:
         if fingerprint is None:
             anchor = restored(state["anchor"], known)
             self._check_match(anchor, state["buffers"])
-            kept = keep(anchor, known, None, self._place, self._notes(state["steps_before"]))
+            step = state["last_merge_step"] if state["policy"] == "rolling" else 0
+            kept = keep(anchor, known, None, self._place, self._notes(state["steps_before"], step))
         elif isinstance(self._place, Path):
             kept = anchor_folder.find(self._place, fingerprint, known)
             self._check_match(kept.described, state["buffers"])
@@ -346,9 +367,10 @@ class SFA:
             CheckpointError: It cannot be written, or something that is no anchor is there.
 
         """
+        self._check_anchored()
         if self._refused is not None:
             raise self._refused
-        path, kept, notes = Path(path), self._kept, self._notes(self.steps_before)
+        path, kept, notes = Path(path), self._kept, self._notes(self.steps_before, self._step_of_anchor)
         anchor = self.anchor if isinstance(kept, Memory) else None
         sharded = isinstance(kept, Folder) if anchor is None else any(map(is_sharded, anchor.values()))
         if sharded:
@@ -371,7 +393,8 @@ class SFA:
 
         Raises:
             CheckpointError: The file is missing, damaged, or not an anchor.
-            MismatchError: It is the anchor of another model: names, shapes or dtypes differ.
+            MismatchError: It is the anchor of another model: names, shapes or dtypes differ; or, for policy "rolling", that of
+                another merge than the last one up to this step.
             MergeError: The number of steps is none.
 
         """
@@ -380,7 +403,13 @@ class SFA:
         known = self._known()
         found = anchor_folder.find(Path(path), None, known)
         self._check_match(found.described, self.buffers, by_dtype=True)
-        notes = {key: value for key, value in found.notes.items() if key == _STEPS_BEFORE}
+        notes = {key: value for key, value in found.notes.items() if key in (_STEPS_BEFORE, _STEP)}
+        expected = self._schedule.last(step) if self.policy == "rolling" else 0
+        if int(notes.get(_STEP, 0)) != expected:
+            raise MismatchError(
+                f"SFA: the anchor at {path} is that of step {notes.get(_STEP, 0)} of the task, but to go on after step {step} "
+                f'with policy="{self.policy}" takes that of step {expected}; pass the file that was saved then'
+            )
         if self._place != Path(path):
             self._replace(keep(self._read(found), known, None, self._place, notes))
         else:
@@ -426,12 +455,12 @@ class SFA:
         settings += [f"{name}={value!r}" for name, value in self.parameters.items()]
         return (
             f"SFA({', '.join(settings)}, every={self.every}, total_steps={self.total_steps}, step={self.step_count}, "
-            f"{len(self._kept.names)} tensors)"
+            f"{'no anchor yet' if self._taken is None else f'{len(self._taken.names)} tensors'})"
         )
 
     # Counting
 
-    def _begin_task(self, schedule: MergeSchedule, before: int, *, resumable: bool = False) -> Anchor:
+    def _begin_task(self, schedule: MergeSchedule, before: int, *, resumable: bool = False, take: bool = True) -> None:
         """Take an anchor, and start to count; if anything is wrong, nothing has changed.
 
         What a saved anchor may take the place of, if it is ``resumable``, is only refused when it is used.
@@ -445,10 +474,10 @@ class SFA:
         plain = {name: leaf for name, leaf in chosen.items() if name not in _names(self._products(chosen, chosen))}
         if plain:
             rehearse(self._executor(plain, plain).plan)  # finds what cannot be merged before training
-        self._check_anchor(chosen)
-        kept = keep(chosen, chosen, self._anchor_dtype, self._place, self._notes(before))
+        if take:
+            self._check_anchor(chosen)
+            self._kept = keep(chosen, chosen, self._anchor_dtype, self._place, self._notes(before))
         self._begin(schedule, before)
-        return kept
 
     def _begin(
         self, schedule: MergeSchedule, before: int, step: int = 0, merges: int = 0, last: int = 0, *, finished: bool = False
@@ -459,12 +488,26 @@ class SFA:
         self._warned = False
         self._seen: set[int] = set()
 
+    def _check_anchored(self) -> None:
+        """Refuse to go on before a run that was to be resumed has been."""
+        if self._taken is None:
+            raise MergeError(
+                "SFA: built with resume=True, and has no anchor yet; call load_state_dict() or resume_from() before the first "
+                "step, or leave resume away to begin a task"
+            )
+
     def _check_ready(self) -> None:
         """Refuse to go on with what the constructor could not refuse."""
+        self._check_anchored()
         if self._refused is not None:
+            self._kept.drop()
             raise self._refused
         if self.optimizer_state == "reset" and self._optimizer is None:
             raise MergeError('SFA: optimizer_state="reset" needs the optimizer: call attach(optimizer) in place of step()')
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not skipped(optimizer):
+            self._count()
 
     def _count(self) -> bool:
         self._check_ready()
@@ -510,7 +553,7 @@ class SFA:
         self.merges, self.last_merge_step = self.merges + 1, step
         merged = {**plain, **{name: leaves[name] for name in factors}}
         if self.policy == "rolling":
-            self._update(merged)
+            self._roll(merged)
         if self.optimizer_state == "reset":
             self._reset(merged)
 
@@ -535,7 +578,7 @@ class SFA:
         chosen = find(self.method)
         # the masks of a method that draws some are new at every step
         key = [
-            self.parameters,
+            _plain(self.parameters),
             not chosen.orderless and self.step_count,
             *((name, place_of(leaf), leaf.dtype, leaf.device) for name, leaf in current.items()),
         ]
@@ -613,11 +656,8 @@ class SFA:
     def _reset(self, merged: Mapping[str, Leaf]) -> None:
         """Clear what the optimizer keeps of these parameters."""
         assert self._optimizer is not None
-        known = {id(leaf) for leaf in merged.values()} | {place_of(leaf) for leaf in merged.values()} - {None}
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in known or place_of(parameter) in known:
-                    self._optimizer.state.pop(parameter, None)
+        for parameter in _of_optimizer(self._optimizer, merged):
+            self._optimizer.state.pop(parameter, None)
 
     # What is averaged
 
@@ -642,6 +682,7 @@ class SFA:
         if problems:
             raise MergeError(listing(problems))
         low_rank.refuse_other_products(self._source)
+        low_rank.refuse_magnitudes(parameters_of(self._source), leaves)
         pairs = pairs_of(leaves)
         if pairs and self.method != "sfa":
             raise MergeError(
@@ -662,9 +703,10 @@ class SFA:
             pairs = [pair for pair in pairs if pair not in still]
             if pairs and self.lora == "exact":
                 refused = MergeError(
-                    f'SFA: neither "{pairs[0].a}" nor "{pairs[0].b}" is zero: the adapter has been trained before, and the '
-                    "average of two products of LoRA factors is no product of their rank; merge it into its base and add a "
-                    'fresh one (PEFT: merge_and_unload()), or pass lora="svd" for the nearest one that is'
+                    f'SFA: neither "{pairs[0].a}" nor "{pairs[0].b}" is zero: the adapter has been trained before (or was '
+                    "initialised so, as by PiSSA and OLoRA), and the average of two products of LoRA factors is no product of "
+                    "their rank; merge it into its base and add a fresh one (PEFT: merge_and_unload()), or pass "
+                    'lora="svd" for the nearest one that is'
                 )
                 if not resumable:
                     raise refused
@@ -691,8 +733,24 @@ class SFA:
 
     # Anchors
 
-    def _notes(self, before: int) -> dict[str, str]:
-        return {_STEPS_BEFORE: str(before)}
+    @property
+    def _kept(self) -> Anchor:
+        self._check_anchored()
+        assert self._taken is not None
+        return self._taken
+
+    @_kept.setter
+    def _kept(self, kept: Anchor) -> None:
+        self._taken = kept
+
+    @property
+    def _step_of_anchor(self) -> int:
+        """The step of the task whose merge has given the anchor; 0 where it is what the task began with."""
+        return self.last_merge_step if self.policy == "rolling" else 0
+
+    def _notes(self, before: int, step: int = 0) -> dict[str, str]:
+        """What is written down beside an anchor."""
+        return {_STEPS_BEFORE: str(before), **({_STEP: str(step)} if step else {})}
 
     def _read(self, kept: Anchor) -> dict[str, Leaf]:
         """Return all tensors of an anchor, read into memory if they are not there."""
@@ -701,9 +759,19 @@ class SFA:
         known = self._known()
         return kept.leaves(known) if isinstance(kept, Memory) else kept.tensors({name: known[name] for name in kept.names})
 
+    def _roll(self, merged: Mapping[str, Leaf]) -> None:
+        """Make the merged weights the anchor, if its dtype can hold them."""
+        spoiled = self._spoiled(merged, self._anchor_dtype) if self._anchor_dtype is not None else []
+        if spoiled:
+            raise NonFiniteError(
+                f'SFA, step {self.step_count}: the weights were merged, but "{spoiled[0]}" does not fit into an anchor of '
+                f"{dtype_name(self._anchor_dtype)}, which is left as it was; build SFA with a wider anchor_dtype"
+            )
+        self._update(merged)
+
     def _update(self, leaves: Mapping[str, Leaf]) -> None:
         """Give the anchor the values of these tensors; it takes up those that it did not have."""
-        kept, dtype, notes = self._kept, self._anchor_dtype, self._notes(self.steps_before)
+        kept, dtype, notes = self._kept, self._anchor_dtype, self._notes(self.steps_before, self._step_of_anchor)
         if isinstance(kept, Memory):
             if not all(name in kept.names for name in leaves):
                 self._prepared = None
@@ -717,8 +785,8 @@ class SFA:
 
     def _replace(self, kept: Anchor) -> None:
         """Take another anchor; one on a disk that has not taken its place, and is not this one, is not needed any more."""
-        before = self._kept
-        if not isinstance(before, Memory) and (isinstance(kept, Memory) or kept.at != before.at):
+        before = self._taken
+        if isinstance(before, File | Folder) and (isinstance(kept, Memory) or kept.at != before.at):
             before.drop()
         self._kept = kept
 
@@ -782,8 +850,9 @@ def _check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, A
     chosen = find(method)
     models = 1 if chosen.base == "required" else 2
     if models < chosen.least or (chosen.most is not None and models > chosen.most):
+        only, count = ("only ", f"{chosen.least} models or more") if models < chosen.least else ("", f"at most {chosen.most}")
         raise MergeError(
-            f"SFA: {method} merges {chosen.least} models or more, but a merge in training has only "
+            f"SFA: {method} merges {count}, but a merge in training has {only}"
             f"{'the anchor as the base and ' if models == 1 else 'the anchor and '}the present weights; choose another method"
         )
     if chosen.companions:
@@ -842,6 +911,31 @@ def _place(anchor: object) -> Place:
     if not isinstance(anchor, str | Path):
         raise MergeError(f'SFA: anchor={anchor!r}: must be "memory", "cpu", or a path')
     return Path(anchor)
+
+
+def _dtype(dtype: object) -> torch.dtype:
+    """Check the dtype of an anchor."""
+    name = dtype_name(dtype)
+    if name not in type_of:
+        raise unknown("anchor_dtype", name, type_of)
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _plain(setting: Any) -> Any:
+    """Copy a setting, with numbers of Python in place of NumPy's, which ``torch.load(weights_only=True)`` refuses."""
+    if isinstance(setting, Mapping):
+        return {name: _plain(value) for name, value in setting.items()}
+    if isinstance(setting, list | tuple):
+        return type(setting)(map(_plain, setting))
+    return setting.item() if hasattr(setting, "item") else setting
+
+
+def _of_optimizer(optimizer: torch.optim.Optimizer, leaves: Mapping[str, Leaf]) -> list[torch.Tensor]:
+    """List the parameters of an optimizer that are among these, or share their memory."""
+    known = {id(leaf) for leaf in leaves.values()} | {place_of(leaf) for leaf in leaves.values()} - {None}
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in given if id(parameter) in known or place_of(parameter) in known]
 
 
 def _names(pairs: Iterable[Pair]) -> set[str]:

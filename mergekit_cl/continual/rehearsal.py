@@ -212,16 +212,29 @@ class Balanced(_Buffer):
 
         Args:
             examples: The examples.
-            groups: The group of each: a number, a string, or a tuple of these.
+            groups: The group of each: a number, a string, or a tuple of these. Numbers of NumPy and PyTorch count as their
+                values.
 
         Raises:
-            MergeError: There are not as many groups as examples; or there is no room for another group (the examples before it
-                were taken).
+            MergeError: There are not as many groups as examples, or one of them is a whole array; or there is no room for
+                another group (the examples before it were taken).
 
         """
         if len(examples) != len(groups):
             raise MergeError(f"Balanced: {len(examples)} examples, but {len(groups)} groups; pass the group of each example")
-        self._extend(examples, groups)
+        self._extend(examples, [_plain(group) for group in groups])
+
+
+def _plain(group: Any) -> Hashable:
+    """Return a group as numbers and strings of Python: tensors of one value would be told apart by their identity."""
+    if isinstance(group, tuple):
+        return tuple(map(_plain, group))
+    try:
+        value: Hashable = group.item() if hasattr(group, "item") else group
+        hash(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise MergeError(f"Balanced: {group!r} is no group; pass a number, a string, or a tuple of these") from None
+    return value
 
 
 def _whole(name: str, value: Any, least: int) -> int:

@@ -1,8 +1,8 @@
 """Sharded tensors as leaves: `DTensor` of PyTorch, and `Shard`; every process sees its own part, viewed, not copied.
 
-All processes that share a tensor call `mergekit_cl.merge` with the same names, and each gets its part of the result: bit for
-bit that of the merge of the whole tensors. The spans of a sharded leaf are those of its part. What a merge sends between
-the processes depends on what it asks about a tensor (`mergekit_cl.steps`):
+All processes that share a tensor call `mergekit_cl.merge` with the same names, in any order, and each gets its part of the
+result: bit for bit that of the merge of the whole tensors. The spans of a sharded leaf are those of its part. What a merge
+sends between the processes depends on what it asks about a tensor (`mergekit_cl.steps`):
 
 | what a method asks for | what is sent |
 | --- | --- |
@@ -19,7 +19,7 @@ refused. Copies over the replicas of a mesh (HSDP) are computed by each of them.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias, cast
 
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Sharded
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mergekit_cl.errors import MergeError
@@ -108,10 +109,13 @@ def with_local(leaf: Leaf, local: torch.Tensor) -> Leaf:
     if isinstance(leaf, Shard):
         return Shard(local, leaf.shape, leaf.start, leaf.group)
     if isinstance(leaf, DTensor):
-        return DTensor.from_local(
-            local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
-        )
+        return _dtensor(local, replace(leaf._spec, tensor_meta=TensorMeta(leaf.shape, leaf.stride(), local.dtype)))
     return local
+
+
+def _dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+    """Make a DTensor of this very memory; `DTensor.from_local` copies what is offloaded to the device of the mesh."""
+    return DTensor(local.detach(), spec, requires_grad=False)
 
 
 # The library of such leaves
@@ -289,7 +293,8 @@ class Share:
         leaf = cast(DTensor, self.leaf)
         full = plain.build(whole, torch.empty(leaf.shape, device="meta"))  # of which the shape is all that matters
         with torch.no_grad():
-            replicas = DTensor.from_local(full, leaf.device_mesh, [Replicate()] * leaf.device_mesh.ndim, run_check=False)
+            mesh, meta = leaf.device_mesh, TensorMeta(full.shape, full.stride(), full.dtype)
+            replicas = _dtensor(full, DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta))
             return span(replicas.redistribute(placements=leaf.placements))
 
 

@@ -322,6 +322,30 @@ def test_nnx_optimizer() -> None:
     assert int(nnx.as_pure(optimizer.opt_state)[1].count) == 1
 
 
+@pytest.mark.parametrize("merging", [partial(sfa_merge, beta=0.25), jax.jit(partial(sfa_merge, beta=0.25))], ids=["", "jit"])
+def test_nnx_variables_of_any_kind(merging: Any) -> None:
+    model, tx = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.chain(ewc(1.0), sfa(every=2))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx.update(model, jax.tree.map(lambda x: x + 1, nnx.state(model, nnx.Param)))
+    params, anchor = nnx.state(model, nnx.Param), optimizer.opt_state[1].anchor
+    pure, merged = nnx.as_pure(params), merging(params, anchor)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    assert same(nnx.as_pure(merged), merging(pure, nnx.as_pure(anchor)))
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.square(x @ params["kernel"][...] + params["bias"][...]).mean()
+
+    importance = fisher(loss, params, [jnp.ones((2, 3))])
+    begun = new_task(tx.init(pure), params, fisher=importance)
+    assert same(begun, new_task(tx.init(pure), pure, fisher=nnx.as_pure(importance)))
+    new_task(optimizer, model, fisher=importance)
+    assert same(nnx.as_pure(optimizer.opt_state)[1].anchor, pure)
+    with pytest.raises(MergeError, match=r"pass the nnx\.Optimizer and its model, or nnx\.as_pure\(state\)"):
+        new_task(optimizer.opt_state, params, fisher=importance)
+    with pytest.raises(MismatchError, match="params has another structure"):
+        new_task(begun, model, fisher=importance)
+
+
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -462,8 +486,15 @@ def test_fisher_by_hand() -> None:
     assert fisher(loss, {"w": jnp.ones(())}, batches)["w"] == (1 + 9 + 4 + 16 + 25) / 5
     assert fisher(loss, {"w": jnp.ones(())}, batches, per_sample=False)["w"] == np.float32((4 + 9 + 25) / 3)
     assert fisher(loss, {"w": jnp.ones((), jnp.bfloat16)}, batches)["w"].dtype == jnp.float32
-    with pytest.raises(MergeError, match="there are no batches"):
-        fisher(loss, {"w": jnp.ones(())}, [])
+    for empty in ([], [{"x": jnp.ones(0)}]):
+        with pytest.raises(MergeError, match="there are no batches"):
+            fisher(loss, {"w": jnp.ones(())}, empty)
+    for shapes in ([(), (3,)], [(3,), (2,)]):
+        with pytest.raises(MergeError) as caught:
+            fisher(loss, {"w": jnp.ones(())}, [[jnp.ones(shape) for shape in shapes]])
+        assert f"the arrays of a batch have the shapes {shapes[0]}, {shapes[1]}; each needs the samples" in str(caught.value)
+    with pytest.raises(MergeError, match='"n" is int32; pass floating parameters alone'):
+        fisher(loss, {"w": jnp.ones(()), "n": jnp.arange(2)}, batches)
 
 
 def test_new_task_reaches_all_states() -> None:
@@ -489,7 +520,9 @@ def test_new_task_reaches_all_states() -> None:
         ({"beta": math.nan, "every": 2}, "beta=nan"),
         ({"beta": True, "every": 2}, "beta=True"),
         ({"beta": jnp.float32(0.5), "every": 2}, "beta=Array"),
-        ({"every": 2, "anchor_dtype": "int8"}, 'unknown out_dtype "int8"'),
+        ({"every": 2, "anchor_dtype": "int8"}, 'unknown anchor_dtype "int8"'),
+        ({"every": 2**31}, r"every=2147483648: steps are counted in int32"),
+        ({"every": 2, "total_steps": 2**31 - 1}, "total_steps=2147483647: steps are counted in int32"),
     ],
 )
 def test_refused_settings(options: dict[str, Any], message: str) -> None:
@@ -516,6 +549,15 @@ def test_refused_while_tracing(tx: Any) -> None:
     assert 'the anchor has the shape (33, 7) for "a", but (2, 7) is needed' in str(caught.value)
     assert 'the anchor has no "c"' in str(caught.value)
     assert 'the anchor has "b", which the parameters have not' in str(caught.value)
+
+
+@pytest.mark.parametrize("tx", [sfa(every=2), l2(1.0), ewc(1.0)], ids=["sfa", "l2", "ewc"])
+def test_an_anchor_that_is_not_finite_is_refused_at_the_start(tx: Any) -> None:
+    params = {**numbers(0), "b": jnp.float32([1, jnp.nan])}
+    with pytest.raises(NonFiniteError, match='params, "b": holds NaN or Inf'):
+        tx.init(params)
+    assert jnp.isnan(jax.jit(tx.init)(params).anchor["b"]).tolist() == [False, True]
+    assert jax.eval_shape(tx.init, params).anchor["b"].shape == (2,)
 
 
 def test_refused_dtypes() -> None:
@@ -558,6 +600,10 @@ def test_refused_tasks() -> None:
     ):
         with pytest.raises(MergeError, match=message):
             new_task(state, params, **options)
+    with pytest.raises(MergeError, match="new_task: called under jit"):
+        jax.jit(new_task)(both, params, fisher=good)
+    with pytest.raises(MismatchError, match="params has another structure"):
+        new_task(l2(1.0).init(params), {**params, "more": params["a"]})
     with pytest.raises(NonFiniteError, match='params, "a": holds NaN or Inf'):
         new_task(both, {**params, "a": params["a"].at[0].set(jnp.inf)}, fisher=good)
     with pytest.raises(NonFiniteError, match='fisher, "b": holds NaN or Inf'):

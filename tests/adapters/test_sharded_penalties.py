@@ -1,6 +1,9 @@
-"""L2Anchor and EWC on several processes: with DDP and FSDP2 what one process computes of all data."""
+"""L2Anchor, EWC and RunningAverage on several processes: what one process computes of all data; what is refused, by all."""
 
 import copy
+import importlib
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mergekit_cl import MergeError
+from mergekit_cl import MergeError, MismatchError
 from mergekit_cl.adapters.torch.ewc import EWC
 from mergekit_cl.adapters.torch.l2_anchor import L2Anchor
+from mergekit_cl.adapters.torch.running_average import RunningAverage
+from mergekit_cl.models.sharded import local_of
 
 X, Y = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 
@@ -111,7 +116,78 @@ def ddp(folder: Path) -> None:
     same(dict(model.module.named_parameters()), dict(reference.named_parameters()))
 
 
-CHECKS = {fsdp2: (2,), ddp: (2,)}
+def every_process_has_the_same_importance(folder: Path) -> None:
+    """Estimate in models that are compiled around DDP, or within; and say so where nothing is shared."""
+    del folder
+    expected = EWC(network(), 1.0).estimate([(X, Y)])
+    wrap = nn.parallel.DistributedDataParallel
+    for model in (torch.compile(wrap(network()), backend="eager"), wrap(torch.compile(network(), backend="eager"))):
+        same(EWC(model, 1.0).estimate(mine(6)), expected)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[assignment, method-assign]
+    logger = logging.getLogger("mergekit_cl.adapters.torch.ewc")
+    logger.addHandler(handler)
+    EWC(wrap(network()), 1.0).estimate(mine(6))
+    assert not records
+    for fisher in ("per_sample", "per_batch"):
+        EWC(network(), 1.0, fisher=fisher).estimate(mine(6))
+    logger.removeHandler(handler)
+    assert [record.getMessage()[:70] for record in records] == [
+        "EWC: the Fisher information is that of this process's own data, and ma"
+    ] * 2
+    lonely = EWC(wrap(network()), 1.0)  # one process has no data; both must end
+    same(lonely.estimate(mine(6) if dist.get_rank() else []), EWC(network(), 1.0).estimate([(X[1::2], Y[1::2])]))
+
+
+def fsdp1(folder: Path) -> None:
+    """Refuse what FSDP1 has flattened, also where it shards nothing: gradients are not found beside what it shows."""
+    del folder
+    for strategy in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD):
+        for original in (True, False):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = FullyShardedDataParallel(
+                    network(), sharding_strategy=strategy, use_orig_params=original, device_id=torch.device("cpu")
+                )
+            for build in (L2Anchor, EWC):
+                with pytest.raises(MergeError, match=r"is trained by FSDP1 .* use FSDP2 \(fully_shard\) or DDP"):
+                    build(model, 1.0)
+
+
+def a_state_that_one_process_refuses_is_refused_by_all(folder: Path) -> None:
+    """Damage the average's state on one process: the other must not wait for it, nor load its own."""
+    del folder
+    model = sharded(network())
+    average = RunningAverage(model, "uniform")
+    average.step()
+    state = average.state_dict()
+    before = {name: whole(tensor) for name, tensor in average.average.items()}
+    changes: list[dict[str, Any]] = [{"memory": [{}]}, {"captures": -1}, {"memory": [3]}]
+    for change in changes:
+        damaged = {**state, **change} if dist.get_rank() else state
+        with pytest.raises((MergeError, AttributeError)) as refused:
+            average.load_state_dict(damaged)
+        assert dist.get_rank() or isinstance(refused.value, MismatchError)
+        assert average.captures == 1
+    shorter = {name: local_of(tensor)[:-1] for name, tensor in state["memory"][0].items()}
+    with pytest.raises(MismatchError, match="has shape"):
+        average.load_state_dict({**state, "memory": [shorter]} if dist.get_rank() else state)
+    same(average.average, before, 0)
+
+
+def prepare() -> None:
+    """Import once, for all processes, what takes a while."""
+    importlib.import_module("torch._dynamo")
+
+
+CHECKS = {
+    fsdp2: (2,),
+    ddp: (2,),
+    every_process_has_the_same_importance: (2,),
+    fsdp1: (2,),
+    a_state_that_one_process_refuses_is_refused_by_all: (2,),
+}
 
 
 def test_two_processes(on_processes: Callable[[str, int], None]) -> None:

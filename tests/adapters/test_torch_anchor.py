@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import nn
 
 from mergekit_cl import CheckpointError, MergeError, MismatchError, NonFiniteError, merge
-from mergekit_cl.adapters.torch import SFA
+from mergekit_cl.adapters.torch import SFA, anchor_folder
 from mergekit_cl.adapters.torch import anchor as anchors
+from mergekit_cl.adapters.torch.anchor import File, following, previous
+from mergekit_cl.adapters.torch.anchor_folder import Folder, read_index
+from mergekit_cl.checkpoint.staging import beside
 from mergekit_cl.checkpoint.verify import verify
 from mergekit_cl.models.sharded import Shard
 
@@ -417,6 +421,7 @@ class Masters:
 
     def __init__(self) -> None:
         self.local = torch.arange(12.0, requires_grad=True)
+        self.module = nn.Module()
 
     def leaves(self) -> dict[str, Shard]:
         return {"w": Shard(self.local, (3, 4), 0)}
@@ -679,3 +684,200 @@ def test_kill_while_the_anchor_is_written_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split("(")) > 3, done.stdout  # it was killed at different moments
     print(done.stdout)
+
+
+def test_a_resumed_run_takes_no_anchor_of_its_own(place: Any, tmp_path: Path) -> None:
+    model = network()
+    sfa, optimizer = SFA(model, p=0.5, total_steps=8, anchor=place), adam(model)
+    saved = sfa.save_anchor(tmp_path / "saved.safetensors")
+    for _ in range(3):
+        train(model, optimizer, 1)
+        sfa.step()
+    state, before = sfa.state_dict(), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    present = copy.deepcopy(model)
+
+    with torch.no_grad():
+        present[0].weight[0] = float("nan")  # not loaded yet: nothing of it is looked at
+    resumed = SFA(present, p=0.5, total_steps=8, anchor=place, resume=True)
+    assert "no anchor yet" in repr(resumed)
+    for use in (
+        resumed.step, resumed.finalize, resumed.include, lambda: resumed.new_task(8), resumed.state_dict,
+        lambda: resumed.save_anchor(tmp_path / "other.safetensors"), lambda: resumed.anchor,
+    ):  # fmt: skip
+        with pytest.raises(MergeError, match="has no anchor yet; call load_state_dict"):
+            use()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+
+    present.load_state_dict(model.state_dict())
+    resumed.load_state_dict(state)
+    by_file = SFA(other := copy.deepcopy(model), p=0.5, total_steps=8, anchor=place, resume=True)
+    by_file.resume_from(tmp_path / "saved.safetensors", 3)
+    assert by_file.save_anchor(tmp_path / "saved.safetensors") == saved
+    assert [each.step() for each in (sfa, resumed, by_file)] == [True] * 3
+    assert equal(weights(model), weights(present))
+    assert equal(weights(model), weights(other))
+
+
+def test_a_rolling_anchor_is_resumed_from_at_its_own_step_alone(tmp_path: Path) -> None:
+    def rolling() -> SFA:
+        return SFA(network(), every=2, policy="rolling", anchor=path, resume=True)
+
+    path, early = tmp_path / "anchor.safetensors", tmp_path / "early.safetensors"
+    model = network()
+    sfa, optimizer = SFA(model, every=2, policy="rolling", anchor=path), adam(model)
+    sfa.save_anchor(tmp_path / "first.safetensors")
+    for step in range(1, 6):
+        train(model, optimizer, 1)
+        sfa.step()
+        if step == 3:
+            sfa.save_anchor(early)
+    for file, step, of, expected in [
+        (path, 3, 4, 2),
+        (path, 1, 4, 0),
+        (early, 5, 2, 4),
+        (tmp_path / "first.safetensors", 3, 0, 2),
+    ]:
+        with pytest.raises(MismatchError, match=f"is that of step {of} of the task.* after step {step} .* of step {expected};"):
+            rolling().resume_from(file, step)
+    with pytest.raises(MismatchError, match="is that of step 2 of the task"):
+        SFA(network(), every=2, resume=True).resume_from(early, 3)
+    (resumed := rolling()).resume_from(path, 5)
+    assert equal(resumed.anchor, sfa.anchor)
+    (resumed := rolling()).resume_from(early, 3)
+    written = early.stat().st_mtime_ns
+    assert resumed.save_anchor(early) == File.find(early).fingerprint != File.find(path).fingerprint
+    assert early.stat().st_mtime_ns == written
+
+
+def test_a_file_is_open_before_another_process_may_drop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "anchor.safetensors", File._open
+
+    def opened(self: File) -> Any:
+        with pytest.raises(Timeout):
+            FileLock(beside(path, "anchor"), blocking=False).acquire()
+        return real(self)
+
+    File.of({"w": torch.ones(3)}, None, path, {})
+    monkeypatch.setattr(File, "_open", opened)
+    assert File.of({"w": torch.zeros(3)}, None, path, {}).at == following(path)
+
+
+def test_what_goes_wrong_with_a_folder_is_an_error_about_the_anchor(
+    tmp_path: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "anchor.safetensors"
+    leaves = Masters().leaves()
+    folder = Folder.of(leaves, None, path, {})
+    data = next(path.glob("*.distcp"))
+    data.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"anchor.safetensors: the anchor cannot be read \(process 0: "):
+        folder.tensors(leaves)
+    with pytest.raises(CheckpointError, match="the anchor cannot be read or written: KeyError: 'no such key'"):
+        anchor_folder._by_first(lambda: {"a": 1}["no such key"])
+    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", lambda *_: 1 / 0)
+    with pytest.raises(CheckpointError, match=r"the anchor cannot be written \(process 0: ZeroDivisionError"):
+        Folder.of({"w": Shard(torch.zeros(12), (3, 4), 0)}, None, path, {})
+
+
+def test_a_folder_that_has_been_renamed_already_settles(tmp_path: Path, one_process: None) -> None:
+    path = tmp_path / "anchor.safetensors"
+    shards = [{"w": Shard(torch.full((12,), float(value)), (3, 4), 0)} for value in range(2)]
+    Folder.of(shards[0], None, path, {})
+    one, other = (Folder.of(shards[1], None, path, {}) for _ in range(2))
+    for folder in (one, other):
+        folder.settle()
+        assert read_index(path) == folder.index
+    assert read_index(previous(path))["fingerprint"] != one.fingerprint
+    assert torch.equal(other.tensors(shards[0])["w"].local, torch.ones(12))
+
+
+def test_steps_of_earlier_tasks_are_noted_in_every_file(tmp_path: Path) -> None:
+    path = tmp_path / "anchor.safetensors"
+    model = network()
+    sfa = SFA(model, every=1)
+    sfa.step()
+    sfa.new_task()
+    loaded = SFA(network(1), every=1, anchor=path)  # writes the anchor of a state that was in memory
+    loaded.load_state_dict(sfa.state_dict())
+    loaded.step()
+    again = SFA(network(1), every=1)
+    again.resume_from(path, 1)
+    assert again.steps_before == 1
+    rolling = SFA(model, every=1, anchor=tmp_path / "rolling.safetensors", policy="rolling")
+    rolling.step()
+    rolling.new_task()
+    train(model, adam(model), 1)
+    rolling.step()  # writes the merged weights
+    again = SFA(network(1), every=1, policy="rolling")
+    again.resume_from(tmp_path / "rolling.safetensors", 1)
+    assert again.steps_before == 1
+
+
+def test_non_finite_parameters_pass_when_allowed(place: Any) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, float("inf")]))
+    sfa = SFA([weight], every=1, anchor=place, nonfinite="allow")
+    with torch.no_grad():
+        weight[0] = 3
+    assert sfa.step()
+    assert weight.tolist() == [2.0, float("inf")]
+
+
+def test_a_filter_of_a_tensor_that_was_frozen_on_the_way_is_no_error(place: Any) -> None:
+    model = network()
+    sfa = SFA(model, [{"filter": "0.weight", "value": 0.0}, {"value": 1.0}], every=1, anchor=place)
+    begin = weights(model)
+    train(model, adam(model), 1)
+    model[0].weight.requires_grad_(False)
+    assert sfa.step()
+    assert torch.equal(model[3].weight, begin["3.weight"])
+    assert not torch.equal(model[0].weight, begin["0.weight"])
+
+
+def test_what_is_taken_up_on_the_way_has_the_dtype_of_the_anchor(place: Any) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    sfa = SFA(model, every=1, anchor=place, anchor_dtype=torch.bfloat16)
+    model[0].requires_grad_(True)
+    assert sfa.include() == ["0.weight", "0.bias"]
+    assert {tensor.dtype for tensor in sfa.anchor.values()} == {torch.bfloat16}
+
+
+def test_the_previous_anchor_stays_when_one_checkpoint_is_loaded_after_another(tmp_path: Path) -> None:
+    path = tmp_path / "anchor.safetensors"
+    model = network()
+    sfa = SFA(model, every=1, anchor=path)
+    older = sfa.state_dict()
+    train(model, adam(model), 1)
+    sfa.new_task()
+    newer = sfa.state_dict()
+    there = files(path)
+    for state in (older, newer, older):
+        sfa.load_state_dict(state)
+        assert files(path) == there
+
+
+def test_an_anchor_in_a_file_is_merged_by_the_backend_that_was_asked_for(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    sfa = SFA(model, every=1, anchor=place, backend="numpy")
+    used = []
+    original = SFA._executor
+
+    def watched(*args: Any, **named: Any) -> Any:
+        executor = original(*args, **named)
+        used.append(executor.backend_name)
+        return executor
+
+    monkeypatch.setattr(SFA, "_executor", watched)
+    sfa.step()
+    assert used == ["numpy"]
+
+
+def test_a_task_that_begins_with_the_weights_of_the_last_one_has_its_own_note(tmp_path: Path) -> None:
+    path = tmp_path / "anchor.safetensors"
+    model = network()
+    sfa = SFA(model, beta=1.0, every=1, anchor=path)
+    sfa.step()
+    sfa.new_task()
+    again = SFA(model, every=1)
+    again.resume_from(path, 0)
+    assert again.steps_before == 1

@@ -3,8 +3,12 @@
 import copy
 import doctest
 import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -317,6 +321,8 @@ def test_what_is_refused() -> None:
         ({"labels": "true"}, "labels=.true."),
         ({"gamma": 1.5}, r"gamma=1.5: must be in \[0, 1\]"),
         ({"seed": 0.5}, "seed=0.5"),
+        ({"threads": 0}, "threads=0"),
+        ({"backend": "cuda"}, 'unknown backend "cuda"'),
     ):
         with pytest.raises(MergeError, match=message):
             EWC(model, 1.0, **options)
@@ -329,6 +335,11 @@ def test_what_is_refused() -> None:
         term.new_task(iter(()))
     with pytest.raises(MergeError, match=r"tensors of \[5, 7\] samples"):
         term.new_task([(X[:5], Y[:7])])
+    for way in ("per_sample", "per_batch"):
+        elsewhere = EWC(model, 1.0, fisher=way)
+        with pytest.raises(MergeError, match="no parameter got a gradient: the loss does not depend on them"):
+            elsewhere.new_task([(X[:1], Y[:1])], lambda _, batch: batch[0].clone().requires_grad_().sum())
+        assert elsewhere.tasks == 0
     with pytest.raises(MergeError, match="draw them in your loss"):
         EWC(model, 1.0, labels="sampled").new_task(BATCHES, lambda m, b: m(b).sum())
     fisher = importances(model, 0)
@@ -361,7 +372,33 @@ def test_states_of_other_models_are_refused() -> None:
         term.load_state_dict({name: value for name, value in before.items() if name != "gamma"})
     with pytest.raises(MergeError, match="mode='l2'"):
         term.load_state_dict({**before, "mode": "l2"})
+    negative = {name: -tensor - 1 for name, tensor in before["importance"].items()}
+    for change, message in (
+        ({"offset": "x"}, "offset='x'"),
+        ({"tasks": -1}, "tasks=-1"),
+        ({"strength": -1.0}, "strength=-1.0"),
+        ({"importance": negative}, r'the saved Fisher information of "0.weight" is below zero'),
+    ):
+        with pytest.raises(MergeError, match=message):
+            term.load_state_dict({**before, "gamma": 0.25, "seed": 7, **change})
+        assert {**term.state_dict(), "anchor": 0, "importance": 0} == {**before, "anchor": 0, "importance": 0}
     assert all(torch.equal(before["anchor"][name], term.anchor[name]) for name in before["anchor"])
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
+    term = EWC(network(), np.float64(2.0), gamma=np.float32(0.5), seed=np.int64(3))
+    torch.save(term.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    assert (state["strength"], state["gamma"], state["seed"]) == (2.0, 0.5, 3)
+
+
+def test_an_engine_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine(nn.Module):
+        pass
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=Engine))
+    with pytest.raises(MergeError, match="EWC: DeepSpeed's engine averages gradients out of sight"):
+        EWC(Engine(), 1.0)
 
 
 def test_docstring_examples() -> None:

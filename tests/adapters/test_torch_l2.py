@@ -4,8 +4,10 @@ import copy
 import doctest
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -426,6 +428,29 @@ def test_what_is_refused() -> None:
         model[0].weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r'the anchor of "0.weight" holds NaN'):
         L2Anchor(model, 1.0)
+    with pytest.raises(MergeError, match='L2Anchor: "weight" is on the meta device, and has no values'):
+        L2Anchor(nn.Linear(2, 2, device="meta"), 1.0)
+    with pytest.raises(MergeError, match='unknown backend "cuda"'):
+        L2Anchor(network(), 1.0, backend="cuda")
+    for threads in (0, -2, True, "a"):
+        with pytest.raises(MergeError, match="threads="):
+            L2Anchor(network(), 1.0, threads=threads)
+
+
+def test_parameters_that_share_a_part_of_their_memory_would_be_pulled_twice() -> None:
+    weight, flat = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(6))
+    for pair in ([weight, nn.Parameter(weight.data.t())], [flat, nn.Parameter(flat.data[4:])]):
+        with pytest.raises(MergeError, match='"parameter 0" and "parameter 1" share a part of their memory'):
+            L2Anchor(pair, 1.0)
+    halves = [nn.Parameter(half) for half in torch.zeros(6).split(3)]
+    assert len(L2Anchor([*halves, nn.Parameter(torch.zeros(0))], 1.0).anchor) == 3
+    assert len(L2Anchor([weight, nn.Parameter(weight.data)], 1.0).anchor) == 1
+
+
+def test_a_strength_of_numpy_is_saved_as_a_number(tmp_path: Path) -> None:
+    for number in (np.float64(0.5), np.float32(0.5)):
+        torch.save(L2Anchor(network(), number).state_dict(), tmp_path / "state")
+        assert torch.load(tmp_path / "state", weights_only=True)["strength"] == 0.5
 
 
 def test_a_closure_is_refused_because_its_gradients_come_after_the_hook() -> None:
@@ -486,3 +511,10 @@ def test_states_of_other_models_are_refused() -> None:
 
 def test_docstring_examples() -> None:
     assert doctest.testmod(l2_anchor, extraglobs={"torch": torch}) == (0, 5)
+
+
+def test_a_state_brings_its_strength() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    again = L2Anchor([weight], 0.5)
+    again.load_state_dict(L2Anchor([weight], 0.25).state_dict())
+    assert again.strength == 0.25

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path  # to the imports, at the top
 from typing import Any
 
 import pytest
@@ -108,9 +109,47 @@ def test_averaging_the_factors_apart_would_be_wrong() -> None:
     assert apart > 1e-4
 
 
-def test_magnitudes_of_dora_are_averaged_as_parameters() -> None:
+@pytest.mark.parametrize("lora", ["exact", "svd"])
+def test_dora_is_refused_while_its_factors_are_trained(lora: Any) -> None:
+    model = adapted(use_dora=True, target_modules=["linear"])
+    with pytest.raises(MergeError, match=r'linear.lora_A.default.weight" is a factor of DoRA.*merge_and_unload\(\)'):
+        SFA(model, every=1, lora=lora)
+    model.add_adapter("plain", peft.LoraConfig(r=2, target_modules=["linear"]))
+    model.set_adapter("plain")
+    assert len(SFA(model, every=1, lora=lora).anchor) == 1
+    tuned = [("a.lora_a.weight", torch.ones(2, 3)), ("a.lora_b.weight", torch.zeros(3, 2)), ("a.magnitude", torch.ones(3))]
+    with pytest.raises(MergeError, match=r'"a\.lora_a\.weight" is a factor of DoRA'):
+        SFA([(name, nn.Parameter(tensor)) for name, tensor in tuned], every=1, lora=lora)
+
+
+@pytest.mark.parametrize(("a", "b"), [("lora_a", "lora_b"), ("lora_down", "lora_up"), ("lora.down", "lora.up")])
+def test_factors_of_other_libraries_are_pairs(a: str, b: str) -> None:
+    first, second = nn.Parameter(torch.tensor([[1.0, 2.0]])), nn.Parameter(torch.zeros(2, 1))
+    sfa = SFA([(f"q.{a}.weight", first), (f"q.{b}.weight", second)], beta=0.25, every=1)
+    with torch.no_grad():
+        first.copy_(torch.tensor([[3.0, 4.0]]))
+        second.fill_(8.0)
+    sfa.step()
+    assert (first.tolist(), second.tolist()) == ([[3.0, 4.0]], [[6.0], [6.0]])  # 0.25 * 0 + 0.75 * 8
+
+
+def test_rows_of_tokens_are_averaged_exactly() -> None:
+    model = adapted(target_modules=["linear"], trainable_token_indices={"embedding": [1, 4, 7]})
+    before = effective(model)
+    sfa = SFA(model, beta=0.25, every=1)
+    train(model, 3, sgd(model))
+    trained = effective(model)
+    sfa.step()
+    for name, tensor in effective(model).items():
+        torch.testing.assert_close(tensor, 0.25 * before[name] + 0.75 * trained[name], rtol=0, atol=1e-15)
+    assert not trained["embedding.weight"].equal(before["embedding.weight"])
+
+
+def test_magnitudes_of_dora_alone_are_averaged_as_parameters() -> None:
     model = adapted(use_dora=True, target_modules=["linear"])
     name = "base_model.model.linear.lora_magnitude_vector.default.weight"
+    for other, p in model.named_parameters():
+        p.requires_grad_(other == name)
     before = model.get_parameter(name).detach().clone()
     sfa = SFA(model, beta=0.25, every=1)
     train(model, 2, sgd(model))
@@ -269,6 +308,7 @@ def test_pairs_are_found_by_their_names() -> None:
         "c.lora_B.weight",
         "c.lora_B.bias",
         "lora_Another",
+        "lora_alpha",
         "d.lora_magnitude_vector",
     ]
     assert pairs_of(names) == [
@@ -277,6 +317,23 @@ def test_pairs_are_found_by_their_names() -> None:
         Pair("lora_A", "lora_B"),
         Pair("c.lora_A.weight", "c.lora_B.weight"),
     ]
+
+
+def test_a_task_that_is_refused_leaves_no_anchor_behind(tmp_path: Path) -> None:
+    model, path = adapted(target_modules=["linear"]), tmp_path / "anchor.safetensors"
+    SFA(model, every=1, anchor=path)
+    train(model, 2, sgd(model))
+    before = path.read_bytes()
+    sfa = SFA(model, every=1, anchor=path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    for _ in range(2):
+        with pytest.raises(MergeError, match="PiSSA"):
+            sfa.step()
+    assert (list(tmp_path.glob("*.safetensors")), path.read_bytes()) == ([path], before)
+    with torch.no_grad():
+        model.get_parameter("base_model.model.linear.lora_B.default.weight").zero_()
+    sfa.new_task()
+    assert sfa.step()  # what was refused is over
 
 
 def test_a_run_is_resumed_from_its_trained_adapter() -> None:
@@ -293,3 +350,38 @@ def test_a_run_is_resumed_from_its_trained_adapter() -> None:
         train(each, 4, continued)
     assert (resumed.step_count, resumed.merges) == (6, 2)
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_optimizer_forgets_factors_that_were_replaced() -> None:
+    model = adapted(target_modules=["linear"])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1)
+    train(model, 1, optimizer)
+    SFA(model, every=2, lora="svd", optimizer_state="reset").attach(optimizer)
+    train(model, 1, optimizer)
+    assert len(optimizer.state) == 2
+    train(model, 1, optimizer)
+    assert not optimizer.state
+
+
+def test_products_in_float32_are_computed_in_float64() -> None:
+    generator = torch.Generator().manual_seed(2)
+    factors = [torch.randn(*shape, generator=generator) for shape in ((3, 7), (5, 3)) * 2]
+    wide = [factor.double() for factor in factors]
+    found, expected = (averaged(0.4, (a0, b0), (a, b)) for a0, b0, a, b in (factors, wide))
+    assert all(one.equal(other.float()) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_refused_adapter_goes_on_from_the_anchor_that_was_saved(tmp_path: Path) -> None:
+    model = adapted(target_modules=["linear"])
+    SFA(model, every=1).save_anchor(tmp_path / "anchor.safetensors")
+    train(model, 1, sgd(model))
+    sfa = SFA(model, every=2)
+    for attempt in (sfa.step, sfa.finalize):
+        sfa.step_count = 1  # so that there is something to finalize
+        with pytest.raises(MergeError, match="has been trained before"):
+            attempt()
+    assert not sfa.finished
+    sfa.resume_from(tmp_path / "anchor.safetensors", 1)
+    assert sfa.step()
+    sfa.resume_from(tmp_path / "anchor.safetensors", 1)
+    assert sfa.finalize()

@@ -27,6 +27,7 @@ class Holder:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.master = torch.ones(2, requires_grad=True)
+        self.module = nn.BatchNorm1d(2)
 
     def leaves(self) -> dict[str, torch.Tensor]:
         return {"w": self.master}
@@ -105,6 +106,7 @@ def test_what_holds_parameters_for_a_model() -> None:
     source = source_of(holder, "SFA")
     assert source is holder
     assert trainable(source)["w"] is holder.master
+    assert buffers_of(source).keys() == {"running_mean", "running_var"}
     before_write(source)
     after_write(source)
     for other in (network(), {"w": torch.ones(1)}):

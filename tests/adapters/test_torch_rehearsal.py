@@ -7,6 +7,7 @@ from collections import UserDict, namedtuple
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -38,11 +39,13 @@ def test_docstring_examples() -> None:
     assert not results.failed
 
 
+# workers are forks; JAX, once another test has imported it, warns of forks, and so does Python from 3.12 on
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called", r"ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_a_loader_come_with_stored_examples(workers: int) -> None:
     rehearsal = Rehearsal(20)
     rehearsal.remember(DataLoader(data(0), batch_size=7), task=0)
-    loader = DataLoader(data(1), batch_size=8, num_workers=workers)
+    loader = DataLoader(data(1), batch_size=8, num_workers=workers, timeout=60 if workers else 0)
     stored = {int(example["1"]) for example in rehearsal.buffer}
     assert len(stored) == len(rehearsal) == 20
     mixed = rehearsal.mixed(loader, extra=5)
@@ -80,6 +83,26 @@ def test_tasks_and_labels_share_the_buffer() -> None:
         rehearsal.remember(DataLoader(data(task), batch_size=7), task=task, labels=lambda batch: batch[1] % 3)
     assert rehearsal.buffer.shares == {(task, label): 2 for task in range(2) for label in range(3)}  # type: ignore[union-attr]
     assert all(int(example["1"]) // 1000 < 2 for example in rehearsal.buffer)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.int64])
+def test_tensors_and_numbers_of_numpy_name_groups_by_their_value(kind: Any) -> None:
+    rehearsal = Rehearsal(6)
+    for _ in range(2):
+        for task in range(3):
+            rehearsal.add(torch.zeros(4, 1), task=kind(task))
+    assert rehearsal.buffer.shares == {0: 2, 1: 2, 2: 2}  # type: ignore[union-attr]
+    rehearsal = Rehearsal(6)
+    for task in range(2):
+        for labels in ([kind(0), kind(1)], np.arange(2), torch.arange(2)):
+            rehearsal.add(torch.zeros(2, 1), task=kind(task), labels=labels)
+    assert sorted(rehearsal.buffer.shares) == [(0, 0), (0, 1), (1, 0), (1, 1)]  # type: ignore[union-attr]
+    file = io.BytesIO()
+    torch.save(rehearsal.state_dict(), file)
+    file.seek(0)
+    again = Rehearsal(6)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert again.buffer.shares == rehearsal.buffer.shares  # type: ignore[union-attr]
 
 
 def test_a_loader_gives_what_the_buffer_alone_would_keep() -> None:
@@ -224,3 +247,10 @@ def test_bad_arguments() -> None:
     with pytest.raises(MergeError, match="capacity=0"):
         Rehearsal(0)
     assert len(rehearsal) == rehearsal.buffer.seen == 0
+
+
+@pytest.mark.parametrize(("rows", "share", "stored"), [(4, 0.3, 2), (7, 0.3, 3), (5, 0.1, 1), (4, 0.1, 0), (6, 0.7, 14)])
+def test_a_share_is_rounded_to_the_nearest_number_of_examples(rows: int, share: float, stored: int) -> None:
+    rehearsal = Rehearsal(20)
+    rehearsal.add(torch.zeros(20, 1))
+    assert len(rehearsal.mix(torch.ones(rows, 1), share=share)) == rows + stored

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -455,6 +456,99 @@ def test_copy_to() -> None:
     assert equal(weights(model), own | mean)
 
 
+class Tied(nn.Module):
+    """An embedding and a head: one parameter, two parameters in one memory, or two of their own; and a frozen twin."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+        self.frozen = nn.Parameter(torch.full((2,), 7.0), requires_grad=False)
+        if how == "object":
+            self.head.weight = self.embed.weight
+        elif how == "memory":
+            self.head.weight = nn.Parameter(self.embed.weight.data)
+
+    def values(self) -> list[float]:
+        return [part.weight.data[0, 0].item() for part in (self.embed, self.head)]
+
+
+@pytest.mark.parametrize("there", ["object", "memory", "apart"])
+@pytest.mark.parametrize("here", ["object", "memory"])
+def test_copy_to_writes_every_one_of_tied_parameters(here: str, there: str) -> None:
+    model, other = Tied(here), Tied(there)
+    average = RunningAverage(model, "uniform")
+    for value in (1.0, 2.0, 6.0):
+        model.embed.weight.data.fill_(value)
+        average.step()
+    other.frozen.data.zero_()
+    average.copy_to(other)
+    assert other.values() == [3.0, 3.0]
+    assert other.frozen.tolist() == [7.0, 7.0]
+    assert model.values() == [6.0, 6.0]
+    average.copy_to(model)
+    assert model.values() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("there", ["object", "memory"])
+def test_copy_to_refuses_other_ties_and_parameters_that_it_would_leave(there: str) -> None:
+    model, other = Tied("apart"), Tied(there)
+    average = RunningAverage(model, "uniform")
+    average.step()
+    before = weights(other)
+    with pytest.raises(MismatchError, match=r'"head.weight" is tied to "embed.weight", but not in the model that is trained'):
+        average.copy_to(other)
+    assert equal(weights(other), before)
+    larger = Tied("apart")
+    larger.more = nn.Linear(1, 1, bias=False)
+    with pytest.raises(MismatchError, match=r'"more.weight" is not in the model that is trained'):
+        average.copy_to(larger)
+
+
+def test_parameters_that_share_a_part_of_their_memory_are_refused() -> None:
+    weight, flat = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(6))
+    for pair in ([weight, nn.Parameter(weight.data.t())], [flat, nn.Parameter(flat.data[:4])]):
+        with pytest.raises(MergeError, match='"parameter 0" and "parameter 1" share a part of their memory'):
+            RunningAverage(pair)
+
+
+def test_uniform_is_not_planned_again_at_each_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    average = RunningAverage(model, "uniform")
+    monkeypatch.setattr(module, "prepare", None)
+    trajectory = train(model, sgd(model), 3, average)
+    monkeypatch.undo()
+    expected = trajectory[0]
+    for captures, theta in enumerate(trajectory[1:], 1):
+        expected = merge([expected, theta], "linear", weight=[captures, 1])
+    assert equal(held(average), expected)
+
+
+def test_the_sign_of_zero_is_that_of_merges_and_what_overflows_is_refused() -> None:
+    weight = nn.Parameter(torch.tensor([-0.0, 0.0]))
+    average = RunningAverage([weight], "uniform")
+    for _ in range(3):
+        average.step()
+    assert bits(average.average["parameter 0"]) == bits(torch.tensor([-0.0, 0.0]))
+    weight.data.fill_(3e38)
+    with pytest.raises(NonFiniteError, match=r'step 4: .* "parameter 0" holds NaN or Inf, or numbers next to it'):
+        average.step()
+    assert bits(average.average["parameter 0"]) == bits(torch.tensor([-0.0, 0.0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_steps_that_a_gradient_scaler_skips_do_not_count(options: dict[str, Any]) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    average = RunningAverage(model, "uniform").attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for factor in (1.0, float("inf"), float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(X), Y) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert (average.step_count, average.captures) == (2, 2)
+
+
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: options["kind"])
 def test_what_is_not_finite_never_reaches_the_average(options: dict[str, Any]) -> None:
     for captures in (0, 2):
@@ -548,11 +642,28 @@ def test_copies_and_pickles() -> None:
         ({"nonfinite": "skip"}, "nonfinite='skip'"),
         ({"dtype": torch.float16}, 'dtype=torch.float16: "0.weight" is torch.float32, which holds larger numbers'),
         ({"dtype": torch.int32}, 'unknown out_dtype "int32"'),
+        ({"threads": 0}, "threads=0"),
+        ({"backend": "cuda"}, 'unknown backend "cuda"'),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MergeError, match=message):
         RunningAverage(network(), **options)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
+    for options in (
+        {"decay": np.float64(0.5), "every": np.int64(2)},
+        {"decay": np.float32(0.5), "start": np.int64(2)},
+        {"kind": "last", "last": np.int64(2)},
+    ):
+        average = RunningAverage(network(), **options)
+        torch.save(average.state_dict(), tmp_path / "state")
+        state = torch.load(tmp_path / "state", weights_only=True)
+        assert all(state[name] == value for name, value in options.items())
+    average = RunningAverage(network())
+    average.decay = np.float64(0.25)
+    assert type(average.state_dict()["decay"]) is float
 
 
 def test_nothing_to_average() -> None:
@@ -598,3 +709,70 @@ def test_damaged_states(change: dict[str, Any], error: type[Exception], message:
         average.load_state_dict(state)
     assert equal(held(average), before)
     assert repr(average) == settings
+
+
+class Masters:
+    """What trains a model by tensors of its own, as DeepSpeed does; the model computes with rounded ones."""
+
+    def __init__(self) -> None:
+        self.local = torch.zeros(2, requires_grad=True)
+        self.weights = torch.zeros(2, dtype=torch.bfloat16)
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        return {"w": self.local}
+
+    def before_write(self) -> None:
+        pass
+
+    def after_write(self) -> None:
+        self.weights = self.local.detach().bfloat16()
+
+
+def test_a_model_follows_what_is_written_to_its_masters() -> None:
+    masters = Masters()
+    average = RunningAverage(masters, "uniform")
+    for value in (2.0, 4.0):
+        masters.local.data.fill_(value)
+        masters.after_write()
+        average.step()
+    with average.swapped():
+        assert masters.weights.tolist() == [3.0, 3.0]
+    assert masters.weights.tolist() == [4.0, 4.0]
+    average.copy_to(masters)
+    assert masters.weights.tolist() == [3.0, 3.0]
+
+
+def test_files_of_a_state_stay_when_a_resumed_run_goes_on_and_go_when_it_is_saved_again(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    first = RunningAverage([weight], "last", last=2, average=tmp_path)
+    first.step()
+    first.step()
+    state = first.state_dict()
+    resumed = RunningAverage([weight], "last", last=2, average=tmp_path)
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        resumed.step()
+    RunningAverage([weight], "last", last=2, average=tmp_path).load_state_dict(state)  # once more, after another crash
+    resumed.state_dict()
+    resumed.step()
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == [f"step-{step:08}.safetensors" for step in (4, 5, 6)]  # those of the later state, and the newest
+
+
+@pytest.mark.parametrize("kind", ["ema", "uniform", "last"])
+def test_weights_loaded_by_assignment_are_captured(kind: Any) -> None:
+    models = [network(seed) for seed in range(3)]
+    average = RunningAverage(models[0], kind, **{"ema": {"decay": 0.5}, "uniform": {}, "last": {"last": 3}}[kind])
+    states = [weights(each) for each in models]
+    by_hand = states[0]["0.weight"]
+    average.step()
+    average.step()  # the same weights; what was prepared for their memory is kept
+    for state in states[1:]:
+        models[0].load_state_dict(copy.deepcopy(state), assign=True)
+        for parameter in models[0].parameters():
+            parameter.requires_grad_(True)
+        average.step()
+        by_hand = 0.5 * by_hand + 0.5 * state["0.weight"]
+    parts = {"ema": [], "uniform": [0, 0, 1, 2], "last": [0, 1, 2]}[kind]
+    expected = sum(states[i]["0.weight"] for i in parts) / len(parts) if parts else by_hand
+    torch.testing.assert_close(average.average["0.weight"], expected)

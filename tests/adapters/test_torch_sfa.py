@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -515,9 +516,10 @@ def test_steps_beyond_the_task_are_reported_once(caplog: pytest.LogCaptureFixtur
     assert [record.getMessage().count("over after 2 steps") for record in caplog.records] == [1]
 
 
-def test_loss_scaling_skips_are_not_steps_when_attached() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_scaling_skips_are_not_steps_when_attached(fused: bool) -> None:
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
     sfa = SFA(model, every=1).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for spoil in (True, False):
@@ -559,7 +561,8 @@ def test_what_cannot_be_merged_is_found_before_training() -> None:
     for parameters, options, message in [
         ([weight], {"backend": "nmba"}, 'did you mean "numba"'),
         ([weight], {"threads": 0}, "threads=0"),
-        ([weight], {"anchor_dtype": torch.int8}, 'out_dtype "int8"'),
+        ([weight], {"anchor_dtype": torch.int8}, 'unknown anchor_dtype "int8"'),
+        ([weight], {"buffers": "average"}, 'buffers="average" needs the module'),
         ([expanded], {}, "several elements share one place in memory"),
         ([("w", weight), ("w", nn.Parameter(torch.ones(1)))], {}, 'two parameters are called "w"'),
         (torch.optim.SGD([weight]), {}, "got SGD"),
@@ -579,6 +582,53 @@ def test_parameters_that_share_their_memory_are_merged_once() -> None:
         model[0].weight += 1
     assert sfa.step()
     torch.testing.assert_close(model[1].weight.detach(), before + 0.5)
+
+
+def test_parameters_of_the_method_may_be_changed_between_merges() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    sfa = SFA([weight], beta=0.5, every=1)
+    merged = []
+    for beta in (0.5, 0.25):
+        state = sfa.state_dict()
+        sfa.parameters["beta"] = beta
+        with torch.no_grad():
+            weight.fill_(8.0)
+        sfa.step()
+        merged.append(weight[0].item())
+    assert merged == [4.0, 6.0]  # 0.5 * 0 + 0.5 * 8, 0.25 * 0 + 0.75 * 8
+    assert state["parameters"] == {"beta": 0.5}  # as when it was taken
+
+
+def test_numbers_of_numpy_are_saved_as_those_of_python() -> None:
+    sfa = SFA(network(), np.float64(0.3), np.float64(0.25), 8)
+    sfa.parameters["beta"] = np.float32(0.5)
+    torch.save(sfa.state_dict(), buffer := io.BytesIO())
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    assert (state["p"], state["parameters"]) == (0.25, {"beta": 0.5})
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model, master = network(), nn.Parameter(torch.zeros(3))
+    sfa = SFA(model, every=1)
+    with pytest.raises(MergeError, match="the optimizer has none of its 4 parameters"):
+        sfa.attach(torch.optim.SGD([master], 0.1))
+    optimizer = torch.optim.SGD([master, model[2].bias], 0.1)
+    sfa.attach(optimizer)
+    train(model, optimizer, 1)
+    assert sfa.merges == 1
+
+
+def test_a_rolling_anchor_that_its_dtype_cannot_hold_stays_as_it_was() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    sfa = SFA([weight], beta=0.5, every=1, policy="rolling", anchor_dtype=torch.float16)
+    with torch.no_grad():
+        weight.fill_(1e6)
+    with pytest.raises(NonFiniteError, match=r'step 1: the weights were merged, but "parameter 0" does not fit .* of float16'):
+        sfa.step()
+    assert weight.tolist() == [500000.5, 500000.5]
+    assert sfa.anchor["parameter 0"].tolist() == [1.0, 1.0]
+    assert (sfa.step_count, sfa.merges) == (1, 1)
 
 
 def test_copies_and_pickles() -> None:
@@ -714,6 +764,7 @@ def test_a_run_with_random_masks_resumes_bit_for_bit() -> None:
             {"method": "model_stock"},
             "model_stock merges 2 models or more, but a merge in training has only the anchor as the base",
         ),
+        ({"method": "passthrough"}, "passthrough merges at most 1, but a merge in training has the anchor and the present"),
         ({"method": "ties"}, r"ties needs density: pass density=\.\.\. \(the paper uses 0.2\)"),
         ({"method": "ties", "density": 2}, "density=2"),
         ({"method": "ties", "density": [0.1, 0.2]}, "2 values for 1 models"),
@@ -770,3 +821,73 @@ def test_a_model_of_weight_zero_leaves_the_anchor() -> None:
         weight.fill_(3.0)
     sfa.step()
     assert (weight == 1).all()
+
+
+def test_a_state_brings_its_schedule_to_the_next_task() -> None:
+    state = SFA(network(), every=3).state_dict()
+    resumed = SFA(network(), p=0.5, total_steps=4)
+    resumed.load_state_dict(state)
+    resumed.new_task()
+    assert (resumed.p, resumed.every, resumed.total_steps) == (None, 3, None)
+
+
+def test_what_is_taken_up_on_the_way_is_checked() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    sfa = SFA(model, every=1)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    model[0].requires_grad_(True)
+    with pytest.raises(NonFiniteError, match=r'the anchor of "0.weight" would hold NaN'):
+        sfa.include()
+    assert sorted(sfa.anchor) == ["2.bias", "2.weight"]
+
+
+def test_a_detached_sfa_has_no_optimizer_to_reset() -> None:
+    model = network()
+    sfa = SFA(model, every=1, optimizer_state="reset").attach(torch.optim.SGD(model.parameters(), 0.1))
+    sfa.detach()
+    with pytest.raises(MergeError, match=r"needs the optimizer: call attach\(optimizer\)"):
+        sfa.step()
+    assert sfa.step_count == 0
+
+
+def test_a_state_that_is_not_finite_is_loaded_when_allowed() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, float("inf")]))
+    state = SFA([weight], every=1, nonfinite="allow").state_dict()
+    again = SFA([weight], every=1, nonfinite="allow")
+    again.load_state_dict(state)
+    assert again.anchor["parameter 0"].tolist() == [1.0, float("inf")]
+    with torch.no_grad():
+        weight.zero_()
+    refusing = SFA([weight], every=1)
+    with pytest.raises(MismatchError, match="the saved anchor holds NaN or Inf"):
+        refusing.load_state_dict(state)
+
+
+def test_the_end_of_each_task_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    sfa = SFA(network(), every=1, total_steps=1)
+    for _ in range(2):
+        assert [sfa.step(), sfa.step()] == [True, False]
+        sfa.new_task(1)
+    assert [record.getMessage().count("over after 1 steps") for record in caplog.records] == [1, 1]
+
+
+def test_every_setting_comes_with_a_state() -> None:
+    settings = {"policy": "rolling", "optimizer_state": "reset", "buffers": "average", "lora": "svd", "seed": 3}
+    sfa = SFA(network(), method="slerp", t=0.25, every=3, **settings)
+    again = SFA(network(), p=0.5, total_steps=4)
+    again.load_state_dict(sfa.state_dict())
+    one, other = again.state_dict(), sfa.state_dict()
+    del one["anchor"], other["anchor"]
+    assert one == other
+
+
+def test_the_state_of_a_parameter_that_shares_its_memory_is_cleared() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    view = nn.Parameter(weight.data)  # another object, as some wrappers make them
+    optimizer = torch.optim.Adam([view], 0.1)
+    SFA([weight], every=1, optimizer_state="reset").attach(optimizer)
+    view.grad = torch.ones(2)
+    optimizer.step()
+    assert not optimizer.state

@@ -199,17 +199,18 @@ def test_epochs_and_accumulated_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("anchor", ["file", "memory"])
-def test_interrupted_at_every_step_and_resumed(anchor: str, tmp_path: Path) -> None:
+def test_interrupted_at_every_step_and_resumed(anchor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"beta": 0.5, "every": 3, "anchor": anchor}
     some = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
     whole = train(tmp_path, SFACallback(**settings), **some)
+    monkeypatch.setattr("mergekit_cl.adapters.torch.anchor._write", None)  # no anchor is written to resume
     for step in range(1, 7):
         watch, callback = Watch(), SFACallback(**settings)
         resumed = train(tmp_path, callback, watch, model=Network(seed=5), resume=tmp_path / f"checkpoint-{step}", **some)
         assert_same(whole, resumed)
         assert watch.merged == [s for s in (3, 6, 7) if s > step]
         assert callback.sfa is not None
-        assert callback.sfa.step_count == 7
+        assert (callback.sfa.step_count, callback.sfa.merges, callback.sfa.last_merge_step) == (7, 3, 7)
 
 
 def test_a_complete_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
@@ -348,6 +349,46 @@ def test_a_fresh_run_keeps_the_anchor_of_the_run_before(tmp_path: Path) -> None:
         train(tmp_path, SFACallback(), resume=tmp_path / "checkpoint-4", **some)
 
 
+@pytest.mark.parametrize("anchor", ["file", "memory"])
+def test_the_anchor_of_the_run_before_stays_until_a_step_is_done(anchor: str, tmp_path: Path) -> None:
+    class Dies(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    some = {"save_strategy": "steps", "save_steps": 4}
+    old = train(tmp_path, SFACallback(anchor=anchor), **some)
+    for seed in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, SFACallback(anchor=anchor), Dies(), model=Network(seed=seed))
+        assert equal(anchor_of(tmp_path), trainable(Network()))
+    assert_same(train(tmp_path, SFACallback(anchor=anchor), resume=tmp_path / "checkpoint-4", **some), old)
+
+
+@pytest.mark.parametrize("anchor", ["file", "memory"])
+def test_a_process_that_died_while_anchors_changed_places(anchor: str, tmp_path: Path) -> None:
+    some = {"save_strategy": "steps", "save_steps": 4}
+    old = train(tmp_path, SFACallback(), **some)
+    train(tmp_path, SFACallback(), model=Network(seed=1), max_steps=1)
+    folder = tmp_path / "sfa-anchor"  # died between the last two renames of three
+    (folder / "anchor.previous.safetensors").rename(folder / "anchor.next.safetensors")
+    (folder / "anchor.safetensors").rename(folder / "anchor.previous.safetensors")
+    assert_same(train(tmp_path, SFACallback(anchor=anchor), resume=tmp_path / "checkpoint-4", **some), old)
+    assert equal(anchor_of(tmp_path), trainable(Network()))
+    assert equal(anchor_of(tmp_path, "anchor.previous.safetensors"), trainable(Network(seed=1)))
+
+
+def test_a_program_that_changes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leaves(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monkeypatch.chdir(tmp_path)
+
+    (tmp_path / "begun").mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    run = train(Path("run"), SFACallback(), Leaves())
+    assert run.state.global_step == 7
+    assert equal(anchor_of(tmp_path / "begun" / "run"), trainable(Network()))
+
+
 def test_resuming_without_its_anchor_is_refused(tmp_path: Path) -> None:
     some = {"save_strategy": "steps", "save_steps": 2}
     whole = train(tmp_path, SFACallback(), **some)
@@ -388,6 +429,31 @@ def test_other_steps_between_merges_on_resuming(tmp_path: Path) -> None:
     watch = Watch()
     train(tmp_path, SFACallback(every=4), watch, max_steps=11, resume=tmp_path / "checkpoint-6", **some)
     assert watch.merged == [8, 11]
+
+
+def test_what_was_merged_is_what_the_checkpoint_says(tmp_path: Path) -> None:
+    some = {"save_strategy": "steps", "save_steps": 1}
+    train(tmp_path, SFACallback(p=0.4), **some)  # after steps 3, 6 and 7
+    callback, watch = SFACallback(p=0.4), Watch()
+    train(tmp_path, callback, watch, max_steps=8, resume=tmp_path / "checkpoint-7", **some)  # p=0.4 is every third step still
+    assert watch.merged == [8]
+    assert callback.sfa is not None
+    assert (callback.sfa.merges, callback.sfa.last_merge_step) == (4, 8)
+    with pytest.raises(MergeError, match=r"step 5 was last merged after step 3, and max_steps=5 .*max_steps=6 or more"):
+        train(tmp_path, SFACallback(every=3), max_steps=5, resume=tmp_path / "checkpoint-5", **some)
+
+
+def test_other_settings_on_resuming_are_used_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    some = {"save_strategy": "steps", "save_steps": 4}
+    train(tmp_path, SFACallback(every=3), **some)
+    callback = SFACallback(beta=0.9, every=3)
+    with caplog.at_level("WARNING", "mergekit_cl"):
+        train(tmp_path, SFACallback(every=3), resume=tmp_path / "checkpoint-4", **some)
+        assert not caplog.records
+        train(tmp_path, callback, resume=tmp_path / "checkpoint-4")
+    assert "made with {'method': 'sfa', 'parameters': {'beta': 0.5}}, but is resumed with" in caplog.text
+    assert callback.sfa is not None
+    assert callback.sfa.beta == 0.9
 
 
 def test_callback_states_that_are_restored_change_nothing(tmp_path: Path) -> None:
@@ -551,3 +617,13 @@ CHECKS = {check_processes_that_share_a_folder: (2,), check_deepspeed: (2,)}
 
 def test_processes_that_train_together(on_processes: Callable[[str, int], None]) -> None:
     on_processes(__file__, 2)
+
+
+def test_a_run_that_stops_before_any_evaluation_has_no_best_model_and_is_merged(tmp_path: Path) -> None:
+    some = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    some |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    watch = Watch()
+    run = train(tmp_path, SFACallback(every=7), watch, StopAt(2, "on_step_end"), **some)
+    assert (run.state.global_step, run.state.best_model_checkpoint) == (2, None)
+    current = {name: watch.after[2][name] for name in trainable(run.model)}
+    assert equal(trainable(run.model), merge([trainable(Network()), current], "sfa", beta=0.5))

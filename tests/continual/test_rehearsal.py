@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -199,6 +200,12 @@ def test_bad_numbers(arguments: tuple[Any, ...]) -> None:
         Reservoir(3).sample(-1)
 
 
+@pytest.mark.parametrize("group", [np.arange(2), ("task", np.arange(2)), [1], {1: 2}])
+def test_what_is_no_group(group: Any) -> None:
+    with pytest.raises(MergeError, match=r"Balanced: .* is no group; pass a number, a string, or a tuple"):
+        Balanced(3).add(0, group)
+
+
 def test_more_groups_than_examples() -> None:
     balanced = Balanced(2)
     balanced.extend([1, 2, 3], ["a", "a", "b"])
@@ -233,3 +240,10 @@ def test_damaged_states(change: dict[str, Any], message: str) -> None:
     with pytest.raises(MergeError, match=message):
         balanced.load_state_dict(damaged)
     assert balanced.state_dict() == state
+
+
+def test_what_is_kept_and_drawn_stays_the_same_from_version_to_version() -> None:
+    reservoir = Reservoir(6, seed=1)
+    reservoir.extend(range(100))
+    assert list(reservoir) == [47, 17, 21, 44, 66, 5]
+    assert reservoir.sample(3) == [17, 44, 5]

@@ -51,6 +51,15 @@ def test_other_memory_is_sharded_in_the_same_way(mesh: DeviceMesh) -> None:
         assert local_of(leaf).data_ptr() == memory.data_ptr()
 
 
+def test_offloaded_memory_is_not_copied_to_the_device_of_the_mesh(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    like = sharded(mesh, 1, 1)
+    monkeypatch.setattr(mesh, "_device_type", "meta")
+    memory = torch.tensor([3.0, 4.0], dtype=torch.bfloat16, requires_grad=True)
+    tensor = with_local(like, memory)
+    assert local_of(tensor).data_ptr() == memory.data_ptr()
+    assert (tensor.dtype, tensor.shape, tensor.requires_grad) == (torch.bfloat16, (2,), False)
+
+
 def test_a_shard_lies_within_its_tensor() -> None:
     with pytest.raises(MergeError, match=r"3 elements from number 4 on reach beyond a tensor of shape \(2, 3\), which has 6"):
         Shard(torch.ones(3), (2, 3), 4)
