@@ -214,7 +214,7 @@ def _parts(plan: Plan, room: int) -> Iterator[tuple[Plan, bool]]:
 def _announce(plan: Plan) -> None:
     """Tell the system what will be read when the present part is merged."""
     for item in plan.items:
-        for span in map(_span, item.leaves):
+        for span in map(span_of, item.leaves):
             if isinstance(span, Incoming):
                 span.announce(0, len(span))
 
@@ -234,7 +234,7 @@ def _merge(
     def drop(first: int, data: Array) -> None:
         """Leave alone what an earlier run has written."""
 
-    spans = {item.name: tuple(map(_span, item.leaves)) for item in plan.items}
+    spans = {item.name: tuple(map(span_of, item.leaves)) for item in plan.items}
     if kept:
         spans = _load(spans, threads)
     executor = Executor(
@@ -322,7 +322,8 @@ def _along(plan: Plan) -> str | None:
     return "matrices" if isinstance(step, PerMatrix) else "rows" if isinstance(step, PerRow) else None
 
 
-def _span(leaf: Any) -> Span:
+def span_of(leaf: Any) -> Span:
+    """Make a span of what lies in a file, of which nothing is read yet; of an array its memory."""
     if is_source(leaf):
         return Incoming(leaf)
     library = library_of(leaf)

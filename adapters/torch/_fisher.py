@@ -103,7 +103,7 @@ class Estimate:
             else:
                 try:
                     self._add_side_by_side(part, stop - start)
-                except (RuntimeError, NotImplementedError) as error:  # not all that models do can be vectorised, or fits
+                except RuntimeError as error:  # cannot be vectorised, or does not fit; the model's own faults come again
                     _logger.info("EWC: samples are taken one by one, because vmap failed: %s", error)
                     self._side_by_side = 1
                     continue

@@ -32,11 +32,11 @@ from mergekit_cl.dtypes import dtype_name, type_of
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing, unknown
 from mergekit_cl.execute import Executor, rehearse
 from mergekit_cl.filters import Parameters
-from mergekit_cl.models import Leaf, library_of, open_model
+from mergekit_cl.models import Leaf, open_model
 from mergekit_cl.models.sharded import Shard, local_of, with_local
+from mergekit_cl.out_of_core import span_of
 from mergekit_cl.plan import plan
 from mergekit_cl.registry import Method, find
-from mergekit_cl.windows import Incoming
 
 _logger = logging.getLogger(__name__)
 _OPTIONS = {
@@ -624,7 +624,7 @@ class SFA:
             check_first=True,
             names=list(self._known()),
         )
-        spans = {item.name: tuple(map(_span, item.leaves)) for item in planned.items}
+        spans = {item.name: tuple(map(span_of, item.leaves)) for item in planned.items}
         return Executor(
             planned, backend=self._backend, threads=self._threads, nonfinite=self._nonfinite, spans=spans,
             constant=self._constant(labels),
@@ -940,12 +940,3 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, leaves: Mapping[str, Leaf]) 
 
 def _names(pairs: Iterable[Pair]) -> set[str]:
     return {name for pair in pairs for name in pair}
-
-
-def _span(leaf: Any) -> Any:
-    """Make a span of what lies in a file, of which nothing is read yet; of an array its memory."""
-    if is_source(leaf):
-        return Incoming(leaf)
-    library = library_of(leaf)
-    assert library is not None
-    return library.span(leaf)

@@ -5,6 +5,7 @@ serves all of them. A check that fails on one process ends the run; its name and
 """
 
 import datetime
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ import pytest
 
 LIMIT = datetime.timedelta(seconds=60)
 """How long a process waits for the others."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    """Keep torch to one thread, and what was imported out of the garbage collection, which some trainers begin with.
+
+    With networks as small as those of the tests, threads wait for one another.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

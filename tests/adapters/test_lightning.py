@@ -1,7 +1,6 @@
 """SFA in Lightning's Trainer: when it merges, what validation and checkpoints see, how it resumes, what it refuses."""
 
 import copy
-import gc
 import logging
 import os
 import signal
@@ -36,17 +35,6 @@ pytestmark = [
 
 RANDOM = torch.Generator().manual_seed(0)
 BATCHES = [(torch.randn(8, 4, generator=RANDOM), torch.randint(3, (8,), generator=RANDOM)) for _ in range(5)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Keep torch to one thread, which is faster for such models, and what was imported out of the garbage collection."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

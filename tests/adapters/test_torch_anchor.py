@@ -54,14 +54,6 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=["memory", "cpu", "file"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return tmp_path / "anchor.safetensors" if request.param == "file" else request.param

@@ -1,7 +1,6 @@
 """SFA of low-rank adapters: the weights that a model computes with are averaged, never the factors one by one."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path  # to the imports, at the top
 from typing import Any
 
@@ -16,14 +15,6 @@ from mergekit_cl.adapters.torch import SFA
 from mergekit_cl.adapters.torch.lora import Pair, averaged, pairs_of
 
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Network(nn.Module):

@@ -25,15 +25,6 @@ X, Y = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.ara
 KINDS: list[dict[str, Any]] = [{"kind": "ema", "decay": 0.7}, {"kind": "uniform"}, {"kind": "last", "last": 3}]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: with networks as small as these, threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)

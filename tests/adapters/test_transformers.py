@@ -1,11 +1,10 @@
 """SFA in Hugging Face's Trainer: when it merges, what lies on the disk, how it resumes, what it refuses."""
 
-import gc
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +99,6 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
             if self.crash:
                 raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    """Keep torch to one thread, and what was imported out of the garbage collection that begins each call of train."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 class Unfreeze(TrainerCallback):
