@@ -16,12 +16,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _locate(pieces_ptr, piece_of_ptr, BLOCK: tl.constexpr):
-    """Return where this program works: row, first element, end of its piece, whether all spans are 16-byte aligned."""
+def _locate(pieces_ptr, piece_of_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return where this program works: its spans' addresses, row, first element, end of its piece, whether all are aligned."""
     program = tl.program_id(0).to(tl.int64)
-    piece_ptr = pieces_ptr + 4 * tl.load(piece_of_ptr + program).to(tl.int64)
+    piece_ptr = pieces_ptr + (4 + COLUMNS) * tl.load(piece_of_ptr + program).to(tl.int64)
     start = tl.load(piece_ptr + 1) + program * BLOCK
-    return tl.load(piece_ptr), start, tl.load(piece_ptr + 2), tl.load(piece_ptr + 3) != 0
+    return piece_ptr + 4, tl.load(piece_ptr), start, tl.load(piece_ptr + 2), tl.load(piece_ptr + 3) != 0
 
 
 @triton.jit

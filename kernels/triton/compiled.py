@@ -4,11 +4,22 @@ A block that is whole and 16-byte aligned is worked on without a mask, which mak
 or an unaligned span, would make the compiler read two bytes at a time.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 import triton
 import triton.language as tl
 
-from mergekit_cl.kernels.triton.blocks import _any_nonfinite, _difference, _largest, _load, _locate, _narrow, _pointers
+from mergekit_cl.kernels.triton.blocks import (
+    _any_nonfinite,
+    _difference,
+    _load,
+    _locate,
+    _magnitude,
+    _narrow,
+    _pointers,
+)
+
+FEW = tl.constexpr(8)
+"""Columns of which a thread's registers hold sums of all pairs."""
 
 
 @triton.jit
@@ -46,11 +57,10 @@ def _weighted_sum_block(
 
 @triton.jit
 def _weighted_sum_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, nonfinite_ptr, weights_ptr,
+    pieces_ptr, piece_of_ptr, nonfinite_ptr, weights_ptr,
     DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
-    spans_ptr = addresses_ptr + row * len(DTYPES)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     row_weights_ptr = weights_ptr + row * (len(DTYPES) - (2 if ABOUT else 1))
     if aligned & (start + BLOCK <= stop):
         _weighted_sum_block(spans_ptr, row_weights_ptr, nonfinite_ptr + row, start, stop, DTYPES, ABOUT, BLOCK, True)
@@ -60,14 +70,19 @@ def _weighted_sum_kernel(
 
 @triton.jit
 def _largest_magnitude_block(
-    spans_ptr, largest_ptr, start, stop, DTYPES: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
+    spans_ptr, largest_ptr, start, stop, DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr
 ):  # fmt: skip
+    """Find the largest magnitude of each column over a block, tile by tile."""
     for k in tl.static_range(len(DTYPES)):
-        x = _load(tl.load(spans_ptr + k), start, stop, DTYPES[k], BLOCK, FULL)
-        if x.dtype == tl.float64:
-            top = _largest(x)
-        else:
-            top = _largest(x).to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
+        address = tl.load(spans_ptr + k)
+        most = _magnitude(_load(address, start, stop, DTYPES[k], TILE, FULL))
+        for offset in range(TILE, BLOCK, TILE):
+            tile = start + offset
+            if tile < stop:
+                most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, FULL)))
+        top = tl.max(most, axis=0)
+        if top.dtype == tl.int32:
+            top = top.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
         # Thousands of programs share a row: look first (past the first-level cache), most have nothing to add
         if top > tl.load(largest_ptr + k, cache_modifier=".cg"):
             tl.atomic_max(largest_ptr + k, top, sem="relaxed")
@@ -75,60 +90,78 @@ def _largest_magnitude_block(
 
 @triton.jit
 def _largest_magnitude_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, largest_ptr, DTYPES: tl.constexpr, BLOCK: tl.constexpr
+    pieces_ptr, piece_of_ptr, largest_ptr, DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
-    spans_ptr = addresses_ptr + row * len(DTYPES)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     row_largest_ptr = largest_ptr + row * len(DTYPES)
     if aligned & (start + BLOCK <= stop):
-        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, True)
+        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, TILE, True)
     else:
-        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, False)
+        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, TILE, False)
+
+
+@triton.jit
+def _fold(x, FOLD: tl.constexpr):
+    """Add up ``FOLD`` neighbours, which one thread has read together."""
+    if FOLD > 1:
+        x = tl.sum(tl.reshape(x, [x.shape[0] // FOLD, FOLD]), axis=1)
+    return x
 
 
 @triton.jit
 def _gram_block(
     spans_ptr, sums_ptr, start, stop, COMPUTE: tl.constexpr,
     DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
-    FULL: tl.constexpr,
+    FOLD: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Sum the pairs (0, 0), (1, 0), (1, 1), (2, 0), ... of columns over a block, tile by tile."""
+    """Sum the pairs (0, 0), (1, 0), (1, 1), (2, 0), ... of columns over a block, tile by tile.
+
+    Each thread adds up what it has read, of each pair, and all threads come together at the end of the block. Where there are
+    too many pairs for its registers, they do so in every tile.
+    """
     FIRST: tl.constexpr = 1 if ABOUT else 0
     COUNT: tl.constexpr = len(DTYPES) - FIRST
+    TOTAL: tl.constexpr = COUNT * (COUNT + 1) // 2
     pair = tl.arange(0, PAIRS)
     sums = tl.zeros([PAIRS], tl.float64)
+    lanes = ()
+    if COUNT <= FEW:
+        for _ in tl.static_range(TOTAL):
+            lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005 - Triton has no starred expression
     for offset in range(0, BLOCK, TILE):
         tile = start + offset
         if tile < stop:
             if ABOUT:
                 ref = _load(tl.load(spans_ptr), tile, stop, DTYPES[0], TILE, FULL).to(COMPUTE)
+            columns = ()
+            added = ()
             for p in tl.static_range(COUNT):
                 x = _load(tl.load(spans_ptr + FIRST + p), tile, stop, DTYPES[FIRST + p], TILE, FULL).to(COMPUTE)
                 if ABOUT:
                     x = _difference(x, ref)
-                x = x.to(tl.float64)
+                columns = columns + (x.to(tl.float64),)  # noqa: RUF005
                 for q in tl.static_range(p + 1):
-                    if q == p:
-                        y = x
-                    else:  # written as a second read, but the compiler merges the two
-                        y = _load(tl.load(spans_ptr + FIRST + q), tile, stop, DTYPES[FIRST + q], TILE, FULL).to(COMPUTE)
-                        if ABOUT:
-                            y = _difference(y, ref)
-                        y = y.to(tl.float64)
-                    sums += tl.where(pair == p * (p + 1) // 2 + q, tl.sum(x * y, axis=0), 0.0)
-    tl.store(sums_ptr + pair, sums, mask=pair < COUNT * (COUNT + 1) // 2)
+                    product = columns[p] * columns[q]
+                    if COUNT <= FEW:
+                        added = added + (lanes[p * (p + 1) // 2 + q] + _fold(product, FOLD),)  # noqa: RUF005
+                    else:
+                        sums += tl.where(pair == p * (p + 1) // 2 + q, tl.sum(product, axis=0), 0.0)
+            lanes = added
+    if COUNT <= FEW:
+        for n in tl.static_range(TOTAL):
+            sums += tl.where(pair == n, tl.sum(lanes[n], axis=0), 0.0)
+    tl.store(sums_ptr + pair, sums, mask=pair < TOTAL)
 
 
 @triton.jit
 def _gram_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, sums_ptr, COMPUTE: tl.constexpr,
-    DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
+    pieces_ptr, piece_of_ptr, sums_ptr, COMPUTE: tl.constexpr, DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, PAIRS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
-    spans_ptr = addresses_ptr + row * len(DTYPES)
+    spans_ptr, _, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     COUNT: tl.constexpr = len(DTYPES) - (1 if ABOUT else 0)
     block_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * (COUNT * (COUNT + 1) // 2)
     if aligned & (start + BLOCK <= stop):
-        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, True)
+        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, FOLD, True)
     else:
-        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, False)
+        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, FOLD, False)

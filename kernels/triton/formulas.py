@@ -6,6 +6,7 @@ an input, else of operations; 0 where there are fewer); and the ``OUTPUTS``. Loo
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 from collections import Counter
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -23,7 +24,7 @@ def fits(program: Program | None) -> bool:
     return not (program is None or program.by_row or program.transcendental or len(program.operations) > MOST_OPERATIONS)
 
 
-def unrolled(program: Program) -> dict[str, tuple[str, ...] | tuple[int, ...]]:
+def unrolled(program: Program) -> dict[str, Any]:
     """Return a program as constant arguments of a kernel."""
     return {
         "NAMES": tuple(name for name, _ in program.operations),
@@ -157,12 +158,11 @@ def _elementwise_block(
 
 @triton.jit
 def _elementwise_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, nonfinite_ptr, constants_ptr, keys_ptr,
+    pieces_ptr, piece_of_ptr, nonfinite_ptr, constants_ptr, keys_ptr,
     CONSTANTS: tl.constexpr, KEYS: tl.constexpr, NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
     DTYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
-    spans_ptr = addresses_ptr + row * len(DTYPES)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     row_ptr, row_keys_ptr = constants_ptr + row * CONSTANTS, keys_ptr + row * KEYS
     if aligned & (start + BLOCK <= stop):
         _elementwise_block(
@@ -201,12 +201,11 @@ def _sum_block(
 
 @triton.jit
 def _sum_of_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, sums_ptr, constants_ptr, keys_ptr,
+    pieces_ptr, piece_of_ptr, sums_ptr, constants_ptr, keys_ptr,
     CONSTANTS: tl.constexpr, KEYS: tl.constexpr, NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
     DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
-    spans_ptr = addresses_ptr + row * len(DTYPES)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     row_ptr, row_keys_ptr = constants_ptr + row * CONSTANTS, keys_ptr + row * KEYS
     block_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * len(OUTPUTS)
     if aligned & (start + BLOCK <= stop):
@@ -243,13 +242,12 @@ def _histogram_block(
 
 @triton.jit
 def _histogram_of_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, counts_ptr, constants_ptr, keys_ptr, groups_ptr, windows_ptr,
+    pieces_ptr, piece_of_ptr, counts_ptr, constants_ptr, keys_ptr, groups_ptr, windows_ptr,
     WIDE: tl.constexpr, COPIES: tl.constexpr, WINDOWS: tl.constexpr, BINS: tl.constexpr,
     CONSTANTS: tl.constexpr, KEYS: tl.constexpr, NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
     DTYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
-    spans_ptr = addresses_ptr + row * len(DTYPES)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     row_ptr, row_keys_ptr = constants_ptr + row * CONSTANTS, keys_ptr + row * KEYS
     row_windows_ptr = windows_ptr + row * (2 * WINDOWS)
     group_ptr = groups_ptr + tl.load(piece_of_ptr + tl.program_id(0))

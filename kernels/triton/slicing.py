@@ -12,12 +12,13 @@ from mergekit_cl.kernels.triton.blocks import _difference, _infinity, _magnitude
 
 
 @triton.jit
-def _locate(pieces_ptr, piece_of_ptr):
-    """Return the program's number in its piece, and what `_launch_of_slices` tells of the piece."""
+def _locate(pieces_ptr, piece_of_ptr, COLUMNS: tl.constexpr):
+    """Return the addresses of the spans, the program's number in its piece, and what `launch.run_slices` tells of the piece."""
     program = tl.program_id(0).to(tl.int64)
-    piece_ptr = pieces_ptr + 9 * tl.load(piece_of_ptr + program).to(tl.int64)
+    piece_ptr = pieces_ptr + (9 + COLUMNS) * tl.load(piece_of_ptr + program).to(tl.int64)
     return (
-        program - tl.load(piece_ptr + 1), tl.load(piece_ptr), tl.load(piece_ptr + 2), tl.load(piece_ptr + 3) != 0,
+        piece_ptr + 9, program - tl.load(piece_ptr + 1),
+        tl.load(piece_ptr), tl.load(piece_ptr + 2), tl.load(piece_ptr + 3) != 0,
         tl.load(piece_ptr + 4), tl.load(piece_ptr + 5), tl.load(piece_ptr + 6), tl.load(piece_ptr + 7), tl.load(piece_ptr + 8),
     )  # fmt: skip
 
@@ -111,14 +112,15 @@ def _weighted_sum_of_slices_tile(
 
 @triton.jit
 def _weighted_sum_of_slices_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, nonfinite_ptr, weights_ptr, references_ptr, STRIDED: tl.constexpr,
+    pieces_ptr, piece_of_ptr, nonfinite_ptr, weights_ptr, references_ptr, STRIDED: tl.constexpr,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    number, table_row, first, aligned, row, last_row, column, last_column, width = _locate(pieces_ptr, piece_of_ptr)
+    spans_ptr, number, table_row, first, aligned, row, last_row, column, last_column, width = _locate(
+        pieces_ptr, piece_of_ptr, len(DTYPES)
+    )
     across = tl.cdiv(last_column - column, COLUMNS)
     row += number // across * ROWS
     column += number % across * COLUMNS
-    spans_ptr = addresses_ptr + table_row * len(DTYPES)
     piece_weights_ptr = weights_ptr + first * (len(DTYPES) - 1)
     if aligned & (row + ROWS <= last_row) & (column + COLUMNS <= last_column):
         _weighted_sum_of_slices_tile(
@@ -134,16 +136,17 @@ def _weighted_sum_of_slices_kernel(
 
 @triton.jit
 def _gram_of_slices_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, sums_ptr, COMPUTE: tl.constexpr, ABOUT: tl.constexpr, STRIDED: tl.constexpr,
+    pieces_ptr, piece_of_ptr, sums_ptr, COMPUTE: tl.constexpr, ABOUT: tl.constexpr, STRIDED: tl.constexpr,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Sum the pairs (0, 0), (1, 0), (1, 1), (2, 0), ... of columns, walking along the slices that fit a tile."""
-    number, table_row, first, aligned, row, last_row, column, last_column, width = _locate(pieces_ptr, piece_of_ptr)
+    spans_ptr, number, _, first, aligned, row, last_row, column, last_column, width = _locate(
+        pieces_ptr, piece_of_ptr, len(DTYPES)
+    )
     FIRST: tl.constexpr = 1 if ABOUT else 0
     COUNT: tl.constexpr = len(DTYPES) - FIRST
     SLICES: tl.constexpr = COLUMNS if STRIDED else ROWS
     TOTAL: tl.constexpr = COUNT * (COUNT + 1) // 2
-    spans_ptr = addresses_ptr + table_row * len(DTYPES)
     pair = tl.arange(0, PAIRS)[None, :]
     sums = tl.zeros([SLICES, PAIRS], tl.float64)
     if STRIDED:

@@ -117,20 +117,20 @@ def _task_vector_merge_block(
 
 @triton.jit
 def _task_vector_merge_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, nonfinite_ptr, keep_ptr, scales_ptr, votes_ptr, shares_ptr, factors_ptr,
+    pieces_ptr, piece_of_ptr, nonfinite_ptr, keep_ptr, scales_ptr, votes_ptr, shares_ptr, factors_ptr,
     KEEP: tl.constexpr, ELECT: tl.constexpr, COMBINE: tl.constexpr, DTYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     first = row * (len(DTYPES) - 2)
     if aligned & (start + BLOCK <= stop):
         _task_vector_merge_block(
-            addresses_ptr + row * len(DTYPES), keep_ptr + 5 * first, scales_ptr + first, votes_ptr + first,
+            spans_ptr, keep_ptr + 5 * first, scales_ptr + first, votes_ptr + first,
             shares_ptr + first, factors_ptr + row, nonfinite_ptr + row, start, stop,
             KEEP, ELECT, COMBINE, DTYPES, BLOCK, True,
         )  # fmt: skip
     else:
         _task_vector_merge_block(
-            addresses_ptr + row * len(DTYPES), keep_ptr + 5 * first, scales_ptr + first, votes_ptr + first,
+            spans_ptr, keep_ptr + 5 * first, scales_ptr + first, votes_ptr + first,
             shares_ptr + first, factors_ptr + row, nonfinite_ptr + row, start, stop,
             KEEP, ELECT, COMBINE, DTYPES, BLOCK, False,
         )  # fmt: skip
@@ -154,12 +154,11 @@ def _magnitude_histogram_block(
 
 @triton.jit
 def _magnitude_histogram_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, counts_ptr, groups_ptr, windows_ptr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
+    pieces_ptr, piece_of_ptr, counts_ptr, groups_ptr, windows_ptr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
     COPIES: tl.constexpr, BINS: tl.constexpr, DTYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     COUNT: tl.constexpr = len(DTYPES) - 1
-    spans_ptr = addresses_ptr + row * len(DTYPES)
     row_ptr = windows_ptr + row * (2 * COUNT)
     group_ptr = groups_ptr + tl.load(piece_of_ptr + tl.program_id(0))
     copy = tl.load(group_ptr) * COPIES + tl.program_id(0) % COPIES
@@ -197,12 +196,11 @@ def _kept_magnitude_block(
 
 @triton.jit
 def _kept_magnitude_kernel(
-    addresses_ptr, pieces_ptr, piece_of_ptr, sums_ptr, keep_ptr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
+    pieces_ptr, piece_of_ptr, sums_ptr, keep_ptr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
     DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, BLOCK)
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     COUNT: tl.constexpr = len(DTYPES) - 1
-    spans_ptr = addresses_ptr + row * len(DTYPES)
     row_ptr = keep_ptr + row * (5 * COUNT)
     block_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * COUNT)
     if aligned & (start + BLOCK <= stop):

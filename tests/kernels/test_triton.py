@@ -34,7 +34,7 @@ from mergekit_cl.kernels import numpy as oracle
 from mergekit_cl.kernels import triton as backend
 from mergekit_cl.kernels.triton import task_vectors
 
-TILE = backend.TILE
+TILE = 2048
 DTYPES = tuple(type_of)
 GUARD = 9
 """Elements in front of and behind each span that nothing may touch."""
@@ -664,7 +664,7 @@ def test_alignment_of_slices(
     monkeypatch: pytest.MonkeyPatch, strided: bool, width: int, offset: int, expected: list[int]
 ) -> None:
     told: list[Any] = []  # the interpreter would not mind a false promise
-    kernel: Any = defaultdict(lambda: lambda *arguments, **_: told.extend(arguments[1][:, 3].tolist()))
+    kernel: Any = defaultdict(lambda: lambda *arguments, **_: told.extend(arguments[0][:, 3].tolist()))
     monkeypatch.setattr(backend.slicing, "_gram_of_slices_kernel", kernel)
     buffer = np.zeros(64 * width + 16, type_of["bfloat16"])
     begin = -buffer.__array_interface__["data"][0] % 16 // 2 + offset

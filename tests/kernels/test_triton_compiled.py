@@ -190,13 +190,13 @@ def compile_all(folder: Path) -> None:
 
     def facts(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         return {
-            "aligned": arguments[1][:, 3].tolist(),
+            "aligned": arguments[0][:, 3].tolist(),
             "sums": kernel.asm["ttgir"].count('"tt.reduce"'),
             "tile": options.get("TILE") or options.get("BLOCK") or options["ROWS"] * options["COLUMNS"],
         }
 
     try:
-        backend._device(Table([[np.zeros(3)]]))
+        backend.launch.device_of(Table([[np.zeros(3)]]))
     except BackendError as error:
         refusal = str(error)
     modules = (backend.compiled, backend.slicing, backend.task_vectors)
