@@ -60,7 +60,7 @@ def gram(table: Table, about: bool, pieces: Array) -> npt.NDArray[np.float64]:
     shape, threads = shape_of("gram", pairs.device), 128
     if count <= compiled.FEW:
         # Each thread adds up what it reads at a time: 16 bytes of the widest column, and of few columns two or four of these
-        fold = 16 // max(DTYPES[dtype].primitive_bitwidth // 8 for dtype in table.dtypes)
+        fold = _fold_of(table)
         tile = threads * fold * max(1, 4 // triton.next_power_of_2(count))
     else:
         # A tile of every model is held in float64. 64 elements for each of 128 threads are what fits their registers
@@ -184,7 +184,7 @@ def sum_of(table: Table, formula: Formula, slices: Slices | None, pieces: Array)
     sums = torch.zeros((blocks, count), dtype=torch.float64, device=launch.device_of(table))
     _launch_formula(
         formulas._sum_of_kernel, BLOCK, table, formula, pieces, sums,
-        TILE=_tile_of(table, formula), SUMS=triton.next_power_of_2(count),
+        TILE=_tile_of(table, formula), FOLD=_fold_of(table), SUMS=triton.next_power_of_2(count),
     )  # fmt: skip
     return np.asarray(sums.cpu(), np.float64)
 
@@ -216,6 +216,11 @@ def _tile_of(table: Table, formula: Formula) -> int:
     assert formula.program is not None
     held = formulas.most_held(formula.program) * formula.compute.itemsize
     return max(256, min(shape_of("formula", launch.device_of(table)).tile, 32768 // int(triton.next_power_of_2(held))))
+
+
+def _fold_of(table: Table) -> int:
+    """Return how many neighbours a thread reads at a time, in 16 bytes of the widest column."""
+    return launch.WIDE // max(DTYPES[dtype].primitive_bitwidth // 8 for dtype in table.dtypes)
 
 
 def _launch_formula(

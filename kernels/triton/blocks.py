@@ -118,6 +118,12 @@ def _largest(x):
 
 
 @triton.jit
+def _folded(x, FOLD: tl.constexpr):
+    """Add up every ``FOLD`` neighbours, which one thread has read together: no barrier is needed for that."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // FOLD, FOLD]), axis=1)
+
+
+@triton.jit
 def _any_nonfinite(x):
     """Tell whether there is a NaN or an infinity in a block as it is written."""
     if x.dtype == tl.float64:

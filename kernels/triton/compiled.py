@@ -65,7 +65,11 @@ def _weighted_sum_kernel(
     if aligned & (start + BLOCK <= stop):
         _weighted_sum_block(spans_ptr, row_weights_ptr, nonfinite_ptr + row, start, stop, DTYPES, ABOUT, BLOCK, True)
     else:
-        _weighted_sum_block(spans_ptr, row_weights_ptr, nonfinite_ptr + row, start, stop, DTYPES, ABOUT, BLOCK, False)
+        for part in range(0, BLOCK, BLOCK // 2):  # masks and narrow accesses take more registers
+            if start + part < stop:
+                _weighted_sum_block(
+                    spans_ptr, row_weights_ptr, nonfinite_ptr + row, start + part, stop, DTYPES, ABOUT, BLOCK // 2, False
+                )
 
 
 @triton.jit
@@ -101,11 +105,15 @@ def _largest_magnitude_kernel(
 
 
 @triton.jit
-def _fold(x, FOLD: tl.constexpr):
-    """Add up ``FOLD`` neighbours, which one thread has read together."""
-    if FOLD > 1:
-        x = tl.sum(tl.reshape(x, [x.shape[0] // FOLD, FOLD]), axis=1)
-    return x
+def _dealt(x, FOLD: tl.constexpr):
+    """Deal every ``FOLD`` neighbours, which one thread has read together, out to as many tensors."""
+    parts = (x,)
+    for _ in tl.static_range(FOLD.bit_length() - 1):
+        halves = ()
+        for n in tl.static_range(len(parts)):
+            halves = halves + tl.split(tl.reshape(parts[n], [parts[n].shape[0] // 2, 2]))
+        parts = halves
+    return parts
 
 
 @triton.jit
@@ -139,13 +147,16 @@ def _gram_block(
                 x = _load(tl.load(spans_ptr + FIRST + p), tile, stop, DTYPES[FIRST + p], TILE, FULL).to(COMPUTE)
                 if ABOUT:
                     x = _difference(x, ref)
-                columns = columns + (x.to(tl.float64),)  # noqa: RUF005
+                columns = columns + _dealt(x.to(tl.float64), FOLD)
                 for q in tl.static_range(p + 1):
-                    product = columns[p] * columns[q]
                     if COUNT <= FEW:
-                        added = added + (lanes[p * (p + 1) // 2 + q] + _fold(product, FOLD),)  # noqa: RUF005
+                        total = lanes[p * (p + 1) // 2 + q]
+                        for n in tl.static_range(FOLD):
+                            total += columns[p * FOLD + n] * columns[q * FOLD + n]
+                        added = added + (total,)  # noqa: RUF005
                     else:
-                        sums += tl.where(pair == p * (p + 1) // 2 + q, tl.sum(product, axis=0), 0.0)
+                        product = tl.sum(columns[p] * columns[q], axis=0)
+                        sums += tl.where(pair == p * (p + 1) // 2 + q, product, 0.0)
             lanes = added
     if COUNT <= FEW:
         for n in tl.static_range(TOTAL):

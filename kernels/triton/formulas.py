@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 
 from mergekit_cl.formula import Program
-from mergekit_cl.kernels.triton.blocks import _count, _divide, _infinity, _load, _locate, _magnitude, _narrow, _pointers, _widen
+from mergekit_cl.kernels.triton.blocks import (
+    _count,
+    _divide,
+    _folded,
+    _infinity,
+    _load,
+    _locate,
+    _magnitude,
+    _narrow,
+    _pointers,
+    _widen,
+)
 from mergekit_cl.kernels.triton.task_vectors import _hash
 
 MOST_OPERATIONS = 500
@@ -170,32 +181,41 @@ def _elementwise_kernel(
             NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, True,
         )  # fmt: skip
     else:
-        _elementwise_block(
-            spans_ptr, row_ptr, row_keys_ptr, nonfinite_ptr + row, start, stop,
-            NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, False,
-        )  # fmt: skip
+        for part in range(0, BLOCK, BLOCK // 2):  # masks and narrow accesses take more registers
+            if start + part < stop:
+                _elementwise_block(
+                    spans_ptr, row_ptr, row_keys_ptr, nonfinite_ptr + row, start + part, stop,
+                    NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK // 2, False,
+                )  # fmt: skip
 
 
 @triton.jit
 def _sum_block(
     spans_ptr, constants_ptr, keys_ptr, sums_ptr, start, stop,
     NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
-    DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr, FULL: tl.constexpr,
+    DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, SUMS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Sum the outputs over a block, tile by tile."""
+    """Sum the outputs over a block, tile by tile: each thread what it has read, and all threads at the end."""
     place = tl.arange(0, SUMS)
     sums = tl.zeros([SUMS], tl.float64)
+    lanes = ()
+    for k in tl.static_range(len(OUTPUTS)):  # noqa: B007 - "_" is a value of the loop below
+        lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005
     for offset in range(0, BLOCK, TILE):
         tile = start + offset
         if tile < stop:
             _, values = _values(
                 spans_ptr, constants_ptr, keys_ptr, tile, stop, NAMES, ARGUMENTS, len(DTYPES), DTYPES, TILE, FULL
             )  # fmt: skip
+            added = ()
             for k in tl.static_range(len(OUTPUTS)):
                 wide = values[OUTPUTS[k]].to(tl.float64)
                 if not FULL:
                     wide = tl.where(tl.arange(0, TILE) < stop - tile, wide, 0.0)
-                sums += tl.where(place == k, tl.sum(wide, axis=0), 0.0)
+                added = added + (lanes[k] + _folded(wide, FOLD),)  # noqa: RUF005
+            lanes = added
+    for k in tl.static_range(len(OUTPUTS)):
+        sums += tl.where(place == k, tl.sum(lanes[k], axis=0), 0.0)
     tl.store(sums_ptr + place, sums, mask=place < len(OUTPUTS))
 
 
@@ -203,7 +223,7 @@ def _sum_block(
 def _sum_of_kernel(
     pieces_ptr, piece_of_ptr, sums_ptr, constants_ptr, keys_ptr,
     CONSTANTS: tl.constexpr, KEYS: tl.constexpr, NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
-    DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr,
+    DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     row_ptr, row_keys_ptr = constants_ptr + row * CONSTANTS, keys_ptr + row * KEYS
@@ -211,12 +231,12 @@ def _sum_of_kernel(
     if aligned & (start + BLOCK <= stop):
         _sum_block(
             spans_ptr, row_ptr, row_keys_ptr, block_ptr, start, stop,
-            NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, TILE, SUMS, True,
+            NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, TILE, FOLD, SUMS, True,
         )  # fmt: skip
     else:
         _sum_block(
             spans_ptr, row_ptr, row_keys_ptr, block_ptr, start, stop,
-            NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, TILE, SUMS, False,
+            NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, TILE, FOLD, SUMS, False,
         )  # fmt: skip
 
 
