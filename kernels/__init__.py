@@ -72,6 +72,11 @@ class Table:
         return np.array([[address(span) for span in row] for row in self.spans], np.int64)
 
     @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What a backend keeps with this table for its next call, by what it is for."""
+        return {}
+
+    @cached_property
     def whole(self) -> npt.NDArray[np.int64]:
         """The pieces that cover the table, one for each row, int64 [rows, 3]."""
         rows = np.arange(len(self.spans))

@@ -64,7 +64,7 @@ def prepare(
     kernel: Any, block: int, table: Table, pieces: Array, *, anywhere: bool = False, warps: int = 4, fuse: bool = False,
     **constants: Any,
 ) -> Launch:  # fmt: skip
-    """Bind a kernel to the pieces of a table, a program for each ``block`` elements.
+    """Bind a kernel to the pieces of a table, a program for each ``block`` elements. The table keeps what is returned.
 
     Args:
         kernel: ``kernel(pieces_ptr, piece_of_ptr, *tensors, DTYPES, BLOCK, **constants)``; see `blocks._locate`.
@@ -79,14 +79,18 @@ def prepare(
         constants: Constant arguments of the kernel.
 
     """
-    if anywhere:
-        pieces = _peeled(table, pieces)
-    rows, starts, stops = pieces.T
-    programs = -(-(stops - starts) // block)
-    # Program i, counted over all pieces, starts at element origin + i * block of its row
-    origins = starts - (np.cumsum(programs) - programs) * block
-    located = [rows, origins, stops, _aligned(table, rows, starts)]
-    return _prepare(kernel, table, rows, programs, located, warps=warps, fuse=fuse, BLOCK=block, **constants)
+    key = (id(kernel), block, anywhere, warps, fuse, _stream(device_of(table)), pieces.tobytes(), *constants.items())
+    if key not in table.kept:
+        if anywhere:
+            pieces = _peeled(table, pieces)
+        rows, starts, stops = pieces.T
+        programs = -(-(stops - starts) // block)
+        # Program i, counted over all pieces, starts at element origin + i * block of its row
+        origins = starts - (np.cumsum(programs) - programs) * block
+        located = [rows, origins, stops, _aligned(table, rows, starts)]
+        table.kept[key] = _prepare(kernel, table, rows, programs, located, warps=warps, fuse=fuse, BLOCK=block, **constants)
+    launch: Launch = table.kept[key]
+    return launch
 
 
 def run_slices(
@@ -184,6 +188,8 @@ def _aligned(table: Table, rows: Array, starts: Array) -> npt.NDArray[np.bool_]:
 def _peeled(table: Table, pieces: Array) -> Array:
     """Cut the elements off pieces that lie in front of the first at which all spans are aligned, if there is one."""
     rows, starts, stops = pieces.T
+    if _aligned(table, rows, starts).all():
+        return pieces
     ahead = np.arange(WIDE)  # an alignment that elements of two bytes have comes again after eight
     aligned = np.stack([_aligned(table, rows, starts + each) for each in ahead], axis=1)
     heads = np.where(aligned.any(axis=1), aligned.argmax(axis=1), 0)
