@@ -220,7 +220,7 @@ def _tile_of(table: Table, formula: Formula) -> int:
 
 def _fold_of(table: Table) -> int:
     """Return how many neighbours a thread reads at a time, in 16 bytes of the widest column."""
-    return launch.WIDE // max(DTYPES[dtype].primitive_bitwidth // 8 for dtype in table.dtypes)
+    return launch.WIDE // max(int(DTYPES[dtype].primitive_bitwidth) // 8 for dtype in table.dtypes)
 
 
 def _launch_formula(

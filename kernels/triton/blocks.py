@@ -25,6 +25,14 @@ def _locate(pieces_ptr, piece_of_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _parted(start, stop, aligned, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Return where the whole tiles of a program's block end that are read without a mask, and where the rest does."""
+    end = tl.minimum(start + BLOCK, stop)
+    whole = tl.where(aligned, (end - start) // TILE * TILE, 0)
+    return start + whole, end
+
+
+@triton.jit
 def _pointers(address, start, DTYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """Point at the block ``start`` elements behind ``address``. ``FULL`` promises alignment, for 16-byte accesses."""
     first_ptr = (address + start * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))

@@ -15,6 +15,7 @@ from mergekit_cl.kernels.triton.blocks import (
     _locate,
     _magnitude,
     _narrow,
+    _parted,
     _pointers,
 )
 
@@ -73,35 +74,26 @@ def _weighted_sum_kernel(
 
 
 @triton.jit
-def _largest_magnitude_block(
-    spans_ptr, largest_ptr, start, stop, DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr
+def _largest_magnitude_kernel(
+    pieces_ptr, piece_of_ptr, largest_ptr, DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Find the largest magnitude of each column over a block, tile by tile."""
+    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
+    middle, end = _parted(start, stop, aligned, BLOCK, TILE)
+    row_largest_ptr = largest_ptr + row * len(DTYPES)
     for k in tl.static_range(len(DTYPES)):
         address = tl.load(spans_ptr + k)
-        most = _magnitude(_load(address, start, stop, DTYPES[k], TILE, FULL))
-        for offset in range(TILE, BLOCK, TILE):
-            tile = start + offset
-            if tile < stop:
-                most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, FULL)))
+        most = tl.zeros([TILE], tl.int64 if DTYPES[k] == tl.float64 else tl.int32)
+        for tile in range(start, middle, TILE):
+            most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, True)))
+        for tile in range(middle, end, TILE):
+            most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, False)))
         top = tl.max(most, axis=0)
         if top.dtype == tl.int32:
             top = top.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
         # Thousands of programs share a row: look first (past the first-level cache), most have nothing to add
-        if top > tl.load(largest_ptr + k, cache_modifier=".cg"):
-            tl.atomic_max(largest_ptr + k, top, sem="relaxed")
-
-
-@triton.jit
-def _largest_magnitude_kernel(
-    pieces_ptr, piece_of_ptr, largest_ptr, DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
-    row_largest_ptr = largest_ptr + row * len(DTYPES)
-    if aligned & (start + BLOCK <= stop):
-        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, TILE, True)
-    else:
-        _largest_magnitude_block(spans_ptr, row_largest_ptr, start, stop, DTYPES, BLOCK, TILE, False)
+        if top > tl.load(row_largest_ptr + k, cache_modifier=".cg"):
+            tl.atomic_max(row_largest_ptr + k, top, sem="relaxed")
 
 
 @triton.jit
@@ -117,51 +109,32 @@ def _dealt(x, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _gram_block(
-    spans_ptr, sums_ptr, start, stop, COMPUTE: tl.constexpr,
-    DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
+def _add_products(
+    lanes, spans_ptr, tile, stop, COMPUTE: tl.constexpr, DTYPES: tl.constexpr, ABOUT: tl.constexpr, TILE: tl.constexpr,
     FOLD: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Sum the pairs (0, 0), (1, 0), (1, 1), (2, 0), ... of columns over a block, tile by tile.
-
-    Each thread adds up what it has read, of each pair, and all threads come together at the end of the block. Where there are
-    too many pairs for its registers, they do so in every tile.
-    """
+    """Add the products of all pairs of columns of a tile: where there are few pairs, each thread to sums of its own."""
     FIRST: tl.constexpr = 1 if ABOUT else 0
     COUNT: tl.constexpr = len(DTYPES) - FIRST
-    TOTAL: tl.constexpr = COUNT * (COUNT + 1) // 2
-    pair = tl.arange(0, PAIRS)
-    sums = tl.zeros([PAIRS], tl.float64)
-    lanes = ()
-    if COUNT <= FEW:
-        for _ in tl.static_range(TOTAL):
-            lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005 - Triton has no starred expression
-    for offset in range(0, BLOCK, TILE):
-        tile = start + offset
-        if tile < stop:
-            if ABOUT:
-                ref = _load(tl.load(spans_ptr), tile, stop, DTYPES[0], TILE, FULL).to(COMPUTE)
-            columns = ()
-            added = ()
-            for p in tl.static_range(COUNT):
-                x = _load(tl.load(spans_ptr + FIRST + p), tile, stop, DTYPES[FIRST + p], TILE, FULL).to(COMPUTE)
-                if ABOUT:
-                    x = _difference(x, ref)
-                columns = columns + _dealt(x.to(tl.float64), FOLD)
-                for q in tl.static_range(p + 1):
-                    if COUNT <= FEW:
-                        total = lanes[p * (p + 1) // 2 + q]
-                        for n in tl.static_range(FOLD):
-                            total += columns[p * FOLD + n] * columns[q * FOLD + n]
-                        added = added + (total,)  # noqa: RUF005
-                    else:
-                        product = tl.sum(columns[p] * columns[q], axis=0)
-                        sums += tl.where(pair == p * (p + 1) // 2 + q, product, 0.0)
-            lanes = added
-    if COUNT <= FEW:
-        for n in tl.static_range(TOTAL):
-            sums += tl.where(pair == n, tl.sum(lanes[n], axis=0), 0.0)
-    tl.store(sums_ptr + pair, sums, mask=pair < TOTAL)
+    if ABOUT:
+        ref = _load(tl.load(spans_ptr), tile, stop, DTYPES[0], TILE, FULL).to(COMPUTE)
+    columns = ()
+    added = ()
+    for p in tl.static_range(COUNT):
+        x = _load(tl.load(spans_ptr + FIRST + p), tile, stop, DTYPES[FIRST + p], TILE, FULL).to(COMPUTE)
+        if ABOUT:
+            x = _difference(x, ref)
+        columns = columns + _dealt(x.to(tl.float64), FOLD)
+        for q in tl.static_range(p + 1):
+            if COUNT <= FEW:
+                total = lanes[p * (p + 1) // 2 + q]
+                for n in tl.static_range(FOLD):
+                    total += columns[p * FOLD + n] * columns[q * FOLD + n]
+                added = added + (total,)  # noqa: RUF005 - Triton has no starred expression
+            else:
+                product = tl.sum(columns[p] * columns[q], axis=0)
+                lanes += tl.where(tl.arange(0, lanes.shape[0]) == p * (p + 1) // 2 + q, product, 0.0)
+    return added if COUNT <= FEW else lanes
 
 
 @triton.jit
@@ -169,10 +142,25 @@ def _gram_kernel(
     pieces_ptr, piece_of_ptr, sums_ptr, COMPUTE: tl.constexpr, DTYPES: tl.constexpr, ABOUT: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, PAIRS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
+    """Sum the pairs (0, 0), (1, 0), (1, 1), (2, 0), ... of columns over a block, tile by tile."""
     spans_ptr, _, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
+    middle, end = _parted(start, stop, aligned, BLOCK, TILE)
     COUNT: tl.constexpr = len(DTYPES) - (1 if ABOUT else 0)
-    block_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * (COUNT * (COUNT + 1) // 2)
-    if aligned & (start + BLOCK <= stop):
-        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, FOLD, True)
+    TOTAL: tl.constexpr = COUNT * (COUNT + 1) // 2
+    pair = tl.arange(0, PAIRS)
+    sums = tl.zeros([PAIRS], tl.float64)
+    lanes = sums
+    if COUNT <= FEW:
+        lanes = ()
+        for n in tl.static_range(TOTAL):  # noqa: B007
+            lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005
+    for tile in range(start, middle, TILE):
+        lanes = _add_products(lanes, spans_ptr, tile, stop, COMPUTE, DTYPES, ABOUT, TILE, FOLD, True)
+    for tile in range(middle, end, TILE):
+        lanes = _add_products(lanes, spans_ptr, tile, stop, COMPUTE, DTYPES, ABOUT, TILE, FOLD, False)
+    if COUNT <= FEW:
+        for n in tl.static_range(TOTAL):
+            sums += tl.where(pair == n, tl.sum(lanes[n], axis=0), 0.0)
     else:
-        _gram_block(spans_ptr, block_ptr, start, stop, COMPUTE, DTYPES, ABOUT, BLOCK, TILE, PAIRS, FOLD, False)
+        sums = lanes
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * TOTAL + pair, sums, mask=pair < TOTAL)

@@ -21,6 +21,7 @@ from mergekit_cl.kernels.triton.blocks import (
     _locate,
     _magnitude,
     _narrow,
+    _parted,
     _pointers,
     _widen,
 )
@@ -190,33 +191,19 @@ def _elementwise_kernel(
 
 
 @triton.jit
-def _sum_block(
-    spans_ptr, constants_ptr, keys_ptr, sums_ptr, start, stop,
-    NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
-    DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, SUMS: tl.constexpr, FULL: tl.constexpr,
+def _add_outputs(
+    lanes, spans_ptr, constants_ptr, keys_ptr, tile, stop, NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
+    DTYPES: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Sum the outputs over a block, tile by tile: each thread what it has read, and all threads at the end."""
-    place = tl.arange(0, SUMS)
-    sums = tl.zeros([SUMS], tl.float64)
-    lanes = ()
-    for k in tl.static_range(len(OUTPUTS)):  # noqa: B007 - "_" is a value of the loop below
-        lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005
-    for offset in range(0, BLOCK, TILE):
-        tile = start + offset
-        if tile < stop:
-            _, values = _values(
-                spans_ptr, constants_ptr, keys_ptr, tile, stop, NAMES, ARGUMENTS, len(DTYPES), DTYPES, TILE, FULL
-            )  # fmt: skip
-            added = ()
-            for k in tl.static_range(len(OUTPUTS)):
-                wide = values[OUTPUTS[k]].to(tl.float64)
-                if not FULL:
-                    wide = tl.where(tl.arange(0, TILE) < stop - tile, wide, 0.0)
-                added = added + (lanes[k] + _folded(wide, FOLD),)  # noqa: RUF005
-            lanes = added
+    """Add the outputs of a tile, each thread to sums of its own."""
+    _, values = _values(spans_ptr, constants_ptr, keys_ptr, tile, stop, NAMES, ARGUMENTS, len(DTYPES), DTYPES, TILE, FULL)
+    added = ()
     for k in tl.static_range(len(OUTPUTS)):
-        sums += tl.where(place == k, tl.sum(lanes[k], axis=0), 0.0)
-    tl.store(sums_ptr + place, sums, mask=place < len(OUTPUTS))
+        wide = values[OUTPUTS[k]].to(tl.float64)
+        if not FULL:
+            wide = tl.where(tl.arange(0, TILE) < stop - tile, wide, 0.0)
+        added = added + (lanes[k] + _folded(wide, FOLD),)  # noqa: RUF005
+    return added
 
 
 @triton.jit
@@ -225,19 +212,26 @@ def _sum_of_kernel(
     CONSTANTS: tl.constexpr, KEYS: tl.constexpr, NAMES: tl.constexpr, ARGUMENTS: tl.constexpr, OUTPUTS: tl.constexpr,
     DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    """Sum the outputs over a block, tile by tile."""
     spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
+    middle, end = _parted(start, stop, aligned, BLOCK, TILE)
     row_ptr, row_keys_ptr = constants_ptr + row * CONSTANTS, keys_ptr + row * KEYS
-    block_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * len(OUTPUTS)
-    if aligned & (start + BLOCK <= stop):
-        _sum_block(
-            spans_ptr, row_ptr, row_keys_ptr, block_ptr, start, stop,
-            NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, TILE, FOLD, SUMS, True,
-        )  # fmt: skip
-    else:
-        _sum_block(
-            spans_ptr, row_ptr, row_keys_ptr, block_ptr, start, stop,
-            NAMES, ARGUMENTS, OUTPUTS, DTYPES, BLOCK, TILE, FOLD, SUMS, False,
-        )  # fmt: skip
+    lanes = ()
+    for k in tl.static_range(len(OUTPUTS)):  # noqa: B007
+        lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005
+    for tile in range(start, middle, TILE):
+        lanes = _add_outputs(
+            lanes, spans_ptr, row_ptr, row_keys_ptr, tile, stop, NAMES, ARGUMENTS, OUTPUTS, DTYPES, TILE, FOLD, True
+        )
+    for tile in range(middle, end, TILE):
+        lanes = _add_outputs(
+            lanes, spans_ptr, row_ptr, row_keys_ptr, tile, stop, NAMES, ARGUMENTS, OUTPUTS, DTYPES, TILE, FOLD, False
+        )
+    place = tl.arange(0, SUMS)
+    sums = tl.zeros([SUMS], tl.float64)
+    for k in tl.static_range(len(OUTPUTS)):
+        sums += tl.where(place == k, tl.sum(lanes[k], axis=0), 0.0)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * len(OUTPUTS) + place, sums, mask=place < len(OUTPUTS))
 
 
 @triton.jit
