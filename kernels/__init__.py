@@ -82,6 +82,13 @@ class Table:
         rows = np.arange(len(self.spans))
         return np.stack([rows, np.zeros_like(rows), self.lengths], axis=1)
 
+    def only(self, columns: Sequence[int]) -> "Table":
+        """Make a table of some of the columns."""
+        part = Table([[row[column] for column in columns] if len(row) else row for row in self.spans])
+        dtypes = tuple(self.dtypes[column] for column in columns)
+        part.__dict__.update(dtypes=dtypes, lengths=self.lengths, addresses=self.addresses[:, columns])
+        return part
+
 
 @dataclass(frozen=True, eq=False)
 class Keep:
@@ -109,6 +116,27 @@ class Keep:
     """[rows, K, 2], each in [0, 2**32]"""
     cuts: npt.NDArray[np.int64]
     """[rows, K, 2], each in [-1, 2**31) where the compute type is float32, in [-1, 2**63) where it is float64"""
+    selected: "Selected | None" = None
+    """Cuts that lie on the device: they stand for those that ``places`` names"""
+    places: npt.NDArray[np.int64] | None = None
+    """[rows, K, 2]: the number among ``selected`` of the cut that stands for this one and its threshold, or -1"""
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """Cuts that a backend has found on its device, or will have when the work before it is done: nobody has waited for them."""
+
+    found: Any
+    """int64 [selections, 6], a tensor on the device: the cut and the threshold of `Keep`; `SPOILED`, `MISSED`, both, or 0; the
+    pattern of the rank, how many of the entries that have it make the rank, and how many there are"""
+
+    def fetch(self) -> npt.NDArray[np.int64]:
+        """Wait for the device, and copy what was found."""
+        return np.asarray(self.found.cpu(), np.int64)
+
+
+SPOILED, MISSED = 1, 2
+"""What is known of a selection, or of a row that a kernel writes: something is not finite; a pattern was not found."""
 
 
 @dataclass(frozen=True, eq=False)

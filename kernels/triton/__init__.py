@@ -4,6 +4,7 @@ Under ``TRITON_INTERPRET=1``, set before this is imported, the kernels run in Tr
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,9 @@ from mergekit_cl.kernels import numpy as arrays
 from mergekit_cl.kernels.triton import compiled, formulas, launch, slicing, task_vectors, tiles
 from mergekit_cl.kernels.triton.launch import DTYPES
 from mergekit_cl.kernels.triton.tuning import shape_of
+
+_FEW = 8
+"""Columns of which a thread's registers hold sums of all pairs."""
 
 COUNTERS = 1 << 24
 """Counters, of 8 bytes, that histograms may be spread over."""
@@ -54,23 +58,24 @@ def enqueue_largest_magnitude(table: Table, pieces: Array) -> torch.Tensor:
 def gram(table: Table, about: bool, pieces: Array) -> npt.NDArray[np.float64]:
     """See `mergekit_cl.kernels.Backend.gram`."""
     count = len(table.dtypes) - about
-    p, q = np.tril_indices(count)
     blocks = int(launch.programs_of(pieces, BLOCK).sum())
+    sums = np.empty((blocks, count, count))
+    if count > _FEW:  # some at a time: every pair is among them once
+        groups = [range(first, min(first + _FEW // 2, count)) for first in range(0, count, _FEW // 2)]
+        for chosen in ([*one, *other] for one, other in combinations(groups, 2)):
+            part = table.only([*range(about), *(about + column for column in chosen)])
+            sums[np.ix_(range(blocks), chosen, chosen)] = gram(part, about, pieces)
+        return sums
+    p, q = np.tril_indices(count)
     pairs = torch.zeros((blocks, len(p)), dtype=torch.float64, device=launch.device_of(table))
-    shape, threads = shape_of("gram", pairs.device), 128
-    if count <= compiled.FEW:
-        # Each thread adds up what it reads at a time: 16 bytes of the widest column, and of few columns two or four of these
-        fold = _fold_of(table)
-        tile = threads * fold * max(1, 4 // triton.next_power_of_2(count))
-    else:
-        # A tile of every model is held in float64. 64 elements for each of 128 threads are what fits their registers
-        fold, tile = 1, max(128, min(shape.tile, 8192 // triton.next_power_of_2(count)))
+    # Each thread adds up what it reads at a time: 16 bytes of the widest column, and of few columns two or four of these
+    fold, warps = _fold_of(table), shape_of("gram", pairs.device).warps
+    tile = 32 * warps * fold * max(1, 4 // triton.next_power_of_2(count))
     # A product of two float32 is exact in float64, and so the same whether it is contracted with a sum or not
     launch.run(
-        compiled._gram_kernel, BLOCK, table, pieces, pairs, warps=shape.warps, fuse=True,
+        compiled._gram_kernel, BLOCK, table, pieces, pairs, warps=warps, fuse=True,
         COMPUTE=DTYPES[table.compute.name], ABOUT=bool(about), PAIRS=triton.next_power_of_2(len(p)), TILE=tile, FOLD=fold,
     )  # fmt: skip
-    sums = np.empty((blocks, count, count))
     sums[:, p, q] = sums[:, q, p] = pairs.cpu().numpy()
     return sums
 

@@ -19,9 +19,6 @@ from mergekit_cl.kernels.triton.blocks import (
     _pointers,
 )
 
-FEW = tl.constexpr(8)
-"""Columns of which a thread's registers hold sums of all pairs."""
-
 
 @triton.jit
 def _weighted_sum_block(
@@ -113,7 +110,7 @@ def _add_products(
     lanes, spans_ptr, tile, stop, COMPUTE: tl.constexpr, DTYPES: tl.constexpr, ABOUT: tl.constexpr, TILE: tl.constexpr,
     FOLD: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of all pairs of columns of a tile: where there are few pairs, each thread to sums of its own."""
+    """Add the products of all pairs of columns of a tile, each thread to sums of its own."""
     FIRST: tl.constexpr = 1 if ABOUT else 0
     COUNT: tl.constexpr = len(DTYPES) - FIRST
     if ABOUT:
@@ -126,15 +123,11 @@ def _add_products(
             x = _difference(x, ref)
         columns = columns + _dealt(x.to(tl.float64), FOLD)
         for q in tl.static_range(p + 1):
-            if COUNT <= FEW:
-                total = lanes[p * (p + 1) // 2 + q]
-                for n in tl.static_range(FOLD):
-                    total += columns[p * FOLD + n] * columns[q * FOLD + n]
-                added = added + (total,)  # noqa: RUF005 - Triton has no starred expression
-            else:
-                product = tl.sum(columns[p] * columns[q], axis=0)
-                lanes += tl.where(tl.arange(0, lanes.shape[0]) == p * (p + 1) // 2 + q, product, 0.0)
-    return added if COUNT <= FEW else lanes
+            total = lanes[p * (p + 1) // 2 + q]
+            for n in tl.static_range(FOLD):
+                total += columns[p * FOLD + n] * columns[q * FOLD + n]
+            added = added + (total,)  # noqa: RUF005 - Triton has no starred expression
+    return added
 
 
 @triton.jit
@@ -147,20 +140,15 @@ def _gram_kernel(
     middle, end = _parted(start, stop, aligned, BLOCK, TILE)
     COUNT: tl.constexpr = len(DTYPES) - (1 if ABOUT else 0)
     TOTAL: tl.constexpr = COUNT * (COUNT + 1) // 2
-    pair = tl.arange(0, PAIRS)
-    sums = tl.zeros([PAIRS], tl.float64)
-    lanes = sums
-    if COUNT <= FEW:
-        lanes = ()
-        for n in tl.static_range(TOTAL):  # noqa: B007
-            lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005
+    lanes = ()
+    for n in tl.static_range(TOTAL):  # noqa: B007
+        lanes = lanes + (tl.zeros([TILE // FOLD], tl.float64),)  # noqa: RUF005
     for tile in range(start, middle, TILE):
         lanes = _add_products(lanes, spans_ptr, tile, stop, COMPUTE, DTYPES, ABOUT, TILE, FOLD, True)
     for tile in range(middle, end, TILE):
         lanes = _add_products(lanes, spans_ptr, tile, stop, COMPUTE, DTYPES, ABOUT, TILE, FOLD, False)
-    if COUNT <= FEW:
-        for n in tl.static_range(TOTAL):
-            sums += tl.where(pair == n, tl.sum(lanes[n], axis=0), 0.0)
-    else:
-        sums = lanes
+    pair = tl.arange(0, PAIRS)
+    sums = tl.zeros([PAIRS], tl.float64)
+    for n in tl.static_range(TOTAL):
+        sums += tl.where(pair == n, tl.sum(lanes[n], axis=0), 0.0)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * TOTAL + pair, sums, mask=pair < TOTAL)

@@ -142,7 +142,7 @@ def on_device(table: Table, *arrays: Array) -> list[torch.Tensor]:
 
 def device_of(table: Table) -> torch.device:
     """Return where the spans lie; refuse spans that the kernels, interpreted or compiled, cannot reach."""
-    device = getattr(table.spans[0][0], "device", "cpu") if len(table.spans) else "cpu"
+    device = getattr(next((row[0] for row in table.spans if len(row)), None), "device", "cpu")
     interpreted = not isinstance(compiled._gram_kernel, triton.JITFunction)
     if interpreted != (str(device) == "cpu"):
         works, advice = ("the CPU", "unset") if interpreted else ("a GPU", "set")
