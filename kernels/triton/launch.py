@@ -6,10 +6,10 @@ two steps, whatever the number of tensors, and one launch covers all of a model.
 """
 
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final, cast
 
 import numpy as np
@@ -29,7 +29,11 @@ DTYPES: Final = {"bfloat16": tl.uint16, "float16": tl.float16, "float32": tl.flo
 WIDE: Final = 16
 """Bytes of the widest access: the address of a span that is read so is a multiple of it."""
 
-_CACHED = 1 << 22  # bytes of an array up to which its copy on the device is kept
+_SMALL = 1 << 22  # bytes of an array up to which its copy on the device is kept
+_MOST = 256  # tensors that are kept, at most
+_kept: OrderedDict[Hashable, tuple[torch.Tensor, torch.cuda.Event]] = OrderedDict()  # with what another stream has to wait for
+_of_graphs: list[tuple[torch.Tensor, ...]] = []  # what CUDA graphs read that were captured, whose lives nobody knows
+_KEEPING = threading.Lock()
 _LAUNCH = threading.Lock()  # the interpreter keeps its state, such as the program's index, in global variables
 
 
@@ -79,17 +83,21 @@ def prepare(
         constants: Constant arguments of the kernel.
 
     """
-    key = (id(kernel), block, anywhere, warps, fuse, _stream(device_of(table)), pieces.tobytes(), *constants.items())
-    if key not in table.kept:
-        if anywhere:
-            pieces = _peeled(table, pieces)
-        rows, starts, stops = pieces.T
-        programs = -(-(stops - starts) // block)
-        # Program i, counted over all pieces, starts at element origin + i * block of its row
-        origins = starts - (np.cumsum(programs) - programs) * block
-        located = [rows, origins, stops, _aligned(table, rows, starts)]
-        table.kept[key] = _prepare(kernel, table, rows, programs, located, warps=warps, fuse=fuse, BLOCK=block, **constants)
-    launch: Launch = table.kept[key]
+    device = device_of(table)
+    key = (id(kernel), block, anywhere, warps, fuse, _stream(device), pieces.tobytes(), *constants.items())
+    known: Launch | None = table.kept.get(key)
+    if known is not None:
+        return known
+    if anywhere:
+        pieces = _peeled(table, pieces)
+    rows, starts, stops = pieces.T
+    programs = -(-(stops - starts) // block)
+    # Program i, counted over all pieces, starts at element origin + i * block of its row
+    origins = starts - (np.cumsum(programs) - programs) * block
+    located = [rows, origins, stops, _aligned(table, rows, starts)]
+    launch = _prepare(kernel, table, rows, programs, located, warps=warps, fuse=fuse, BLOCK=block, **constants)
+    if not _capturing(device):  # what a graph makes is there at a replay only
+        table.kept[key] = launch
     return launch
 
 
@@ -167,7 +175,7 @@ def _prepare(
     tables: tuple[torch.Tensor, ...] = ()
     if total:
         records = np.column_stack([*located, table.addresses[rows]]).astype(np.int64)
-        tables = _copied(device, records), _piece_of(device, _stream(device), programs.astype(np.int64).tobytes(), total)
+        tables = _copied(device, records), _piece_of(device, programs.astype(np.int64), total)
     dtypes = tuple(DTYPES[dtype] for dtype in table.dtypes)
     # Products and sums are rounded one by one, whatever the default of this Triton is
     options = {"num_warps": warps, "enable_fp_fusion": fuse}
@@ -207,23 +215,58 @@ def _stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _copied(device: torch.device, array: Array) -> torch.Tensor:
-    if array.nbytes <= _CACHED:
-        return _kept(device, _stream(device), array.dtype.str, array.shape, array.tobytes())
-    if device.type != "cuda":
-        return torch.tensor(array)
-    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+    """Copy an array to the device, without waiting for the copy."""
+
+    def copy() -> torch.Tensor:
+        host = torch.tensor(array)
+        if device.type != "cuda":
+            return host
+        if _capturing(device):  # then memory cannot be pinned; each replay reads it again
+            _of_graphs.append((host,))
+            return host.to(device, non_blocking=True)
+        return host.pin_memory().to(device, non_blocking=True)
+
+    return _found_or_made(device, (array.dtype.str, array.shape, array.tobytes()) if array.nbytes <= _SMALL else None, copy)
 
 
-@lru_cache(64)
-def _kept(device: torch.device, stream: int, dtype: str, shape: tuple[int, ...], data: bytes) -> torch.Tensor:  # noqa: ARG001
-    """Copy an array to the device, and wait for it."""
-    return torch.tensor(np.frombuffer(data, dtype).reshape(shape).copy(), device=device)
-
-
-@lru_cache(32)
-def _piece_of(device: torch.device, stream: int, programs: bytes, total: int) -> torch.Tensor:  # noqa: ARG001
+def _piece_of(device: torch.device, programs: Array, total: int) -> torch.Tensor:
     """Say to which piece each program belongs, int32 [programs]."""
-    counts = torch.tensor(np.frombuffer(programs, np.int64).copy(), device=device)
-    numbers = torch.arange(len(counts), dtype=torch.int32, device=device)
-    return torch.repeat_interleave(numbers, counts, output_size=total)
+
+    def spread() -> torch.Tensor:
+        numbers = torch.arange(len(programs), dtype=torch.int32, device=device)
+        return torch.repeat_interleave(numbers, counts, output_size=total)
+
+    counts = _copied(device, programs)
+    return _found_or_made(device, programs.tobytes() if 4 * total <= _SMALL else None, spread)
+
+
+def _found_or_made(device: torch.device, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Find a tensor that was made before, or make it, behind what the current stream does; without a key it is not kept.
+
+    A CUDA graph that is being captured takes what is kept, which was there before; what it makes itself is not kept.
+    """
+    if device.type != "cuda":
+        return make()
+    with torch.cuda.device(device), _KEEPING:
+        tensor, ready = _kept.get((device, key), (None, None)) if key is not None else (None, None)
+        if _capturing(device):
+            tensor = make() if tensor is None else tensor
+            _of_graphs.append((tensor,))
+            return tensor
+        stream = torch.cuda.current_stream()
+        if tensor is not None:
+            stream.wait_event(ready)
+            tensor.record_stream(stream)
+            _kept.move_to_end((device, key))
+            return tensor
+        tensor = make()
+        if key is not None:
+            _kept[device, key] = tensor, stream.record_event()
+            if len(_kept) > _MOST:
+                _kept.popitem(last=False)
+        return tensor
