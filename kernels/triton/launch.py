@@ -216,7 +216,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
 
 def _copied(device: torch.device, array: Array) -> torch.Tensor:
