@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BENCH  := $(VENV)/.ready-for-benchmarks
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-gpu lint bench bench-gpu docs clean
 
 demo: $(READY)
 	$(BIN)/mergekit-cl demo
@@ -19,10 +19,23 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# On a machine with a GPU, with what its Python has: torch, triton, numpy, ml_dtypes, hypothesis, pytest. Nothing is installed,
+# and of this checkout only mergekit_cl can be imported
+test-gpu:
+	mkdir -p build/importable
+	ln -sfn ../../mergekit_cl build/importable/mergekit_cl
+	PYTHONPATH=build/importable $(PYTHON) -P -m pytest -m gpu -rs -o addopts=--import-mode=importlib -p no:cacheprovider \
+		-W ignore::pytest.PytestConfigWarning --continue-on-collection-errors $(ARGS) \
+		$(wildcard tests/kernels/test_*triton.py tests/kernels/test_launch.py tests/kernels/test_guarded.py \
+		tests/test_*_on_gpu.py tests/*/test_*_on_gpu.py)
+
 bench: $(BENCH)
 	mkdir -p .benchmarks
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only --benchmark-json=.benchmarks/latest.json --timeout=1800
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
+
+bench-gpu:  # on a machine with a GPU, with the Python that is there: nothing is installed
+	$(PYTHON) benchmarks/gpu.py $(ARGS); status=$$?; $(PYTHON) benchmarks/report.py && exit $$status
 
 docs: $(READY)  # write docs/methods, and the table of methods in README.md
 	$(BIN)/python tests/test_documentation.py

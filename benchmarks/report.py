@@ -1,21 +1,26 @@
-"""Writes the tables of README.md from a run of the benchmarks: ``python benchmarks/report.py RUN.json [NAME]``.
+"""Writes the tables of README.md from a run of the benchmarks: ``python benchmarks/report.py [RUN.json [NAME]]``.
 
 A summary of the run is kept as ``results/NAME.json``; given that in place of a run, the tables are written again. A run of some
 of the benchmarks replaces their tables and leaves the others as they are: all rows of a table are from one run.
 The tables of a trial run (``MERGEKIT_CL_BENCH_SCALE``) are printed, and nothing is written.
+
+The tables of GPUs are written each time, from what gpu.py has left in ``results``: a table for each device, and for each row of
+gpu_rows.json what was measured, or that nothing was.
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeAlias
 
 Row: TypeAlias = dict[str, Any]
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- written by report.py -->\n", "<!-- end of what report.py writes -->"
+GPU_BEGIN, GPU_END = "<!-- of GPUs, written by report.py -->\n", "<!-- end of what report.py writes of GPUs -->"
 
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
@@ -219,8 +224,93 @@ TABLES: dict[str, tuple[str, Callable[[Row], dict[str, str]]]] = {
 }
 
 
-def main(path: str, name: str = "") -> None:
-    """Read a run or a summary, keep the summary, and write the tables into README.md."""
+# GPUs
+
+GPU_TABLES = {
+    "sums": ("Weighted sums of large tensors", "kernels"),
+    "model": ("A model of 300 tensors", "call"),
+    "ties": ("Task vectors", "call"),
+    "surveys": ("Surveys of large tensors", "kernels"),
+    "bus": ("Checkpoints, by way of the bus", "call"),
+}
+"""Titles, and which figure a goal is for."""
+
+NOT_MEASURED = "not measured"
+
+
+def write_gpus(results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
+    """Write the tables of each device; without one, those that say what there would be."""
+    if not results:
+        return "\n\n".join(["No GPU has been measured yet.", *_gpu_tables({}, rows)]) + "\n"
+    parts: list[str] = []
+    for device in results:
+        facts, measured = device["gpu"], device["rows"]
+        memory = f", {facts['memory'] / 1e9:.0f} GB" if "memory" in facts else ""
+        parts += [f"### {facts['device']}", f"{facts.get('architecture', '')}{memory}. {_runs(measured)}"]
+        parts += _gpu_tables(measured, rows)
+    return "\n\n".join(parts) + "\n"
+
+
+def _runs(measured: dict[str, Row]) -> str:
+    """Say when rows were measured, with what, and how large their large tensors are."""
+    runs: dict[str, int] = {}
+    for row in measured.values():
+        run = row["run"]
+        software = ", ".join(f"{name} {version}" for name, version in run["software"].items())
+        text = f"commit {run['commit']}, {run['date'][:10]}: driver {run['driver']}, {software}; {row['elements']:,} elements"
+        runs[text] = runs.get(text, 0) + 1
+    return " ".join(f"{count} rows at {text}." for text, count in runs.items())
+
+
+def _gpu_tables(measured: dict[str, Row], rows: Sequence[Row]) -> list[str]:
+    parts = []
+    for table, (title, aim) in GPU_TABLES.items():
+        chosen = [row for row in rows if row["table"] == table]
+        columns = [_gpu_columns(row, aim, measured.get(row["name"])) for row in chosen]
+        # first what a row is, then its figures, then other contenders; in all rows
+        names = dict.fromkeys([name for part in zip(*columns, strict=True) for each in part for name in each], "")
+        parts += [f"#### {title}", _table([names | case | figures | beside for case, figures, beside in columns])]
+    return parts
+
+
+def _gpu_columns(row: Row, aim: str, found: Row | None) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Put a row of gpu_rows.json beside what was measured of it: parts of the bandwidth of a copy, from medians."""
+    case, goal = _case(row), f"{row['goal']} % ({aim})" if "goal" in row else ""
+    figures = dict.fromkeys(("call", "queued", "kernels", "call, ms", "GB moved", "copy, GB/s", "compared"), "")
+    if found is None or "call" not in found:
+        why = [f"{key}: {found[key]}" for key in (NOT_MEASURED, "failed") if key in found] if found else []
+        figures = dict.fromkeys(figures, NOT_MEASURED) | {"call": "".join(why) or NOT_MEASURED}
+        beside = dict.fromkeys(row.get("peers", []), NOT_MEASURED)
+    else:
+        copy = found["copied"] / median(found["yardstick"])
+        for key in {"call", "queued", "kernels"} & found.keys():
+            part = f"{100 * found['bytes'] / median(found[key]) / copy:.1f} %"
+            figures[key] = f"**{part}**" if key == aim and "goal" in row else part
+        figures["call, ms"] = f"{1e3 * median(found['call']):.3g} ({1e3 * min(found['call']):.3g})"
+        figures["GB moved"] = f"{found['bytes'] / 1e9:.3g}"
+        figures["copy, GB/s"] = f"{copy / 1e9:,.0f}"
+        figures["compared"] = found["compared"]
+        beside = {name: _beside(peer, found) for name, peer in found["peers"].items()}
+    return case, {"goal": goal} | figures, {f"times as fast as {name}": text for name, text in beside.items()}
+
+
+def _beside(peer: Row, ours: Row) -> str:
+    if "seconds" not in peer:
+        return f"{NOT_MEASURED}: {peer[NOT_MEASURED]}"
+    return f"{median(peer['seconds']) / median(ours['call']):.2f} ({100 * peer['alike']:.1f} % alike)"
+
+
+def main(path: str = "", name: str = "") -> None:
+    """Write the tables into README.md: those of a run or a summary, if one is given, and those of GPUs."""
+    if path:
+        _take(path, name)
+    devices = [json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json"))]
+    rows = json.loads((HERE / "gpu_rows.json").read_text())
+    _replace(GPU_BEGIN, write_gpus([device for device in devices if "gpu" in device], rows), GPU_END)
+
+
+def _take(path: str, name: str) -> None:
+    """Read a run or a summary, keep the summary, and write its tables into README.md."""
     run = json.loads(Path(path).read_text())
     summary = summarize(run) if "benchmarks" in run else run
     if summary["scale"] != 1:
@@ -233,8 +323,13 @@ def main(path: str, name: str = "") -> None:
     if kept.exists():
         summary["tables"] = json.loads(kept.read_text())["tables"] | summary["tables"]
     kept.write_text(json.dumps(summary, indent=1) + "\n")
-    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
-    (HERE / "README.md").write_text(before + BEGIN + "\n" + write(summary) + "\n" + END + rest.partition(END)[2])
+    _replace(BEGIN, write(summary), END)
+
+
+def _replace(begin: str, tables: str, end: str) -> None:
+    """Write tables between two marks in README.md."""
+    before, _, rest = (HERE / "README.md").read_text().partition(begin)
+    (HERE / "README.md").write_text(before + begin + "\n" + tables + "\n" + end + rest.partition(end)[2])
 
 
 if __name__ == "__main__":

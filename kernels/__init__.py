@@ -353,7 +353,7 @@ class Backend(Protocol):
 
         """
 
-    def task_vector_merge(self, table: Table, how: TaskVectors, pieces: Array) -> npt.NDArray[np.bool_]:
+    def task_vector_merge(self, table: Table, how: TaskVectors, pieces: Array) -> npt.NDArray[np.bool_ | np.int32]:
         """Trim or drop, weigh, elect signs, average what agrees, add to the base; written into the last column.
 
         Args:
@@ -362,7 +362,9 @@ class Backend(Protocol):
             pieces: What to compute it for; each starts at a multiple of `BLOCK`.
 
         Returns:
-            bool [rows]: True where a result, or any difference ``x_k - base`` (also one that is dropped), is not finite.
+            bool [rows]: True where a result, or any difference ``x_k - base`` (also one that is dropped), is not finite. Where
+            cuts are ``how.keep.selected``, int32 [rows] instead: `SPOILED` for that, and `MISSED` in rows that were not written
+            because one of their cuts has not been found.
 
         """
 
@@ -440,6 +442,25 @@ class Backend(Protocol):
         Returns:
             int64 [groups, windows, bins + 2]: the bins; how many patterns are above the window; how many magnitudes are NaN or
             infinite (they have the pattern of infinity).
+
+        """
+
+
+class SelectingBackend(Backend, Protocol):
+    """A backend that also selects on its device, so that nobody has to wait between a survey and what is made of it."""
+
+    def select_magnitudes(
+        self, tables: Sequence[Table], numbers: Sequence[npt.NDArray[np.intp]], ranks: npt.NDArray[np.int64]
+    ) -> Selected:
+        """Find the patterns (see `Keep`) of given ranks among those of task vectors; return at once, without waiting.
+
+        A pattern may be missed (see `Selected`), if rarely: then it has to be found by `magnitude_histogram`.
+
+        Args:
+            tables: Columns [base, x_0, ..., x_{K-1}], computed in float32; nothing is written. A column may occur twice.
+            numbers: For each table the selections that its columns belong to, [rows, K]. Those of a row are selections among
+                the same rows, which may be in several tables.
+            ranks: From 1 (the largest) to the number of entries, int64 [selections].
 
         """
 

@@ -17,6 +17,7 @@ from mergekit_cl.memory import parse_size
 from mergekit_cl.models import Leaf, Model, copied, open_model, tensor
 from mergekit_cl.plan import placement_problems, plan
 from mergekit_cl.registry import Method, find
+from mergekit_cl.staging import default_memory, find_device
 
 if TYPE_CHECKING:
     from mergekit_cl.adapter_merge import AdapterMerge
@@ -49,6 +50,7 @@ def merge(
     base: Any = None,
     out: Any = None,
     backend: str = "auto",
+    device: Any = None,
     out_dtype: Any = None,
     nonfinite: Literal["error", "allow"] = "error",
     seed: int = 0,
@@ -56,7 +58,7 @@ def merge(
     progress: bool = False,
     only: Globs = None,
     exclude: Globs = None,
-    memory: int | str = "512MB",
+    memory: int | str | None = None,
     shard_size: int | str = "50GB",
     overwrite: bool = False,
     verify: bool = True,
@@ -79,6 +81,9 @@ def merge(
             and the complete, verified checkpoint is there at the end, or nothing is; a merge that was killed goes on where it
             stopped when it is called again.
         backend: "numpy", "numba", "triton", or "auto": numba on a CPU, triton on a GPU. All give the same bits.
+        device: Where a merge into a checkpoint is computed: "cpu", by default; "cuda", or a GPU with its number, "cuda:1" (of
+            ROCm too); "auto", a GPU if there is one. No model need fit into its memory: they go through it, side by side with
+            reading and writing. Models in memory are merged where they are.
         out_dtype: The dtype of all floating results: a name ("bfloat16"), or a dtype of any framework. Without it every
             result has the dtype that its tensor has in the first model (or in ``out``).
         nonfinite: "error" refuses NaN and infinities in what is read, and results that overflow their dtype. "allow" merges
@@ -89,7 +94,8 @@ def merge(
         only: Globs on the names of tensors (``*`` also matches dots): what is merged. The rest is copied from the base, or from
             the first model.
         exclude: Globs: what is not merged.
-        memory: Bytes that a merge into a checkpoint may allocate, beside what the process has: a number, "512MB", "2GiB".
+        memory: Bytes that a merge into a checkpoint may allocate, beside what the process has: a number, "512MB", "2GiB". By
+            default "512MB", and "2GB" for a GPU, which does not count what PyTorch and the driver take for themselves.
         shard_size: Bytes of a file of a checkpoint, at most.
         overwrite: Whether a checkpoint that exists is replaced, as a whole, once the new one is complete.
         verify: Whether a new checkpoint is read back and compared with the checksums of what was computed.
@@ -115,11 +121,13 @@ def merge(
 
     """
     if isinstance(out, str | Path):
+        device = find_device(device)
         writing = prepare_files(
             models,
             method,
             base=base,
             out=out,
+            device=device,
             out_dtype=out_dtype,
             seed=seed,
             only=only,
@@ -130,7 +138,8 @@ def merge(
         with _progress_bar(writing.elements, method) if progress else nullcontext(lambda _: None) as advance, _advised():
             writing.run(
                 overwrite=overwrite, verify=verify, shard_size=parse_size(shard_size, "shard_size"), backend=backend,
-                threads=threads, nonfinite=nonfinite, memory=parse_size(memory, "memory"), advance=advance,
+                device=device, threads=threads, nonfinite=nonfinite,
+                memory=parse_size(default_memory(device) if memory is None else memory, "memory"), advance=advance,
             )  # fmt: skip
         return out
     if method in ADAPTER_METHODS:
@@ -138,7 +147,7 @@ def merge(
     executor, target, kept = _prepare(
         find(method), models, base, out,
         backend=backend, out_dtype=out_dtype, nonfinite=nonfinite, seed=seed, threads=threads, parameters=parameters,
-        only=only, exclude=exclude,
+        only=only, exclude=exclude, device=device,
     )  # fmt: skip
     with _progress_bar(executor.elements, method) if progress else nullcontext(lambda _: None) as advance, _advised():
         merged = executor.run(advance)
@@ -152,6 +161,7 @@ def prepare_files(
     *,
     base: Any = None,
     out: str | Path,
+    device: str = "cpu",
     out_dtype: Any = None,
     seed: int = 0,
     only: Globs = None,
@@ -164,7 +174,7 @@ def prepare_files(
 
     _check_list(models)
     if method in ADAPTER_METHODS:
-        given = {"base": base, "only": only, "exclude": exclude}
+        given = {"base": base, "only": only, "exclude": exclude, "device": None if device == "cpu" else device}
         for name in [name for name, value in given.items() if value is not None]:
             raise MergeError(f"{method} merges adapters of one base into an adapter, as a whole; leave {name}= away")
         dtype = None if out_dtype is None else output_dtype(out_dtype)
@@ -245,6 +255,7 @@ def _prepare(
     others: Sequence[str] = (),
     only: Globs = None,
     exclude: Globs = None,
+    device: Any = None,
 ) -> tuple[Executor, Model, dict[str, Leaf]]:
     """As `prepare`; also return what is not merged but copied."""
     _check_counts(method, models, base)
@@ -286,6 +297,7 @@ def _prepare(
         names=[*all_names, *others],
         companions=opened[len(models) :],
     )
+    _check_device(device, planned.device)
     return Executor(planned, backend=backend, threads=threads, nonfinite=nonfinite, constant=constant), whole, kept
 
 
@@ -335,6 +347,15 @@ def _check_options(backend: str, nonfinite: Any, threads: int | None) -> None:
         raise MergeError(f"threads={threads!r}: must be a whole number, at least 1")
     if backend not in ("auto", *kernels.BACKENDS):
         raise unknown("backend", backend, ["auto", *kernels.BACKENDS])
+
+
+def _check_device(device: Any, actual: str) -> None:
+    """Refuse another device than that of models in memory."""
+    if device is not None and str(device) not in (actual, actual.partition(":")[0], "auto"):
+        raise MergeError(
+            f'device="{device}": the models are on {actual}, and models in memory are merged where they are; move them there '
+            "first, or pass the path of a new checkpoint as out="
+        )
 
 
 def _check_seed(seed: Any) -> None:

@@ -1,8 +1,8 @@
 """Apply steps bound to memory: each tensor is a row, and the rows that one kernel call takes together are a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from math import prod
 from typing import Any, Literal, TypeAlias
 
@@ -12,10 +12,23 @@ import numpy.typing as npt
 from mergekit_cl.errors import MergeError
 from mergekit_cl.formula import bound
 from mergekit_cl.formula_rows import bind, compute_of, formula_of, hash_key
-from mergekit_cl.kernels import Array, Backend, Keep, MatrixFormula, Slices, Span, Table, TaskVectors
+from mergekit_cl.kernels import MISSED, SPOILED, Array, Backend, Keep, MatrixFormula, Slices, Span, Table, TaskVectors
 from mergekit_cl.models import tensor
 from mergekit_cl.plan import Item, Plan
-from mergekit_cl.steps import Apply, AtRandom, Consensus, Cut, Elementwise, PerMatrix, PerRow, Sum, SumOfSlices
+from mergekit_cl.steps import (
+    Apply,
+    AtLeast,
+    AtRandom,
+    Consensus,
+    Cut,
+    Elementwise,
+    Pending,
+    PendingCut,
+    PerMatrix,
+    PerRow,
+    Sum,
+    SumOfSlices,
+)
 from mergekit_cl.steps import Keep as KeepStep
 from mergekit_cl.windows import Window
 
@@ -89,7 +102,7 @@ class Batch:
         return np.asarray(largest.max(axis=1, initial=0))
 
 
-class _SumBatch(Batch):
+class SumBatch(Batch):
     """Rows of `Sum`, all or none of them about a reference."""
 
     copied = False
@@ -100,9 +113,11 @@ class _SumBatch(Batch):
         self.weights = np.array([terms.weights for terms in self.details], self.inputs.compute)
 
     def call(self, backend: Backend) -> Call:
+        """See `Batch.call`."""
         return lambda table, pieces: backend.weighted_sum(table, self.weights, self.about, pieces)
 
     def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """See `Batch.bound`."""
         spread = largest[:, self.about :] + (largest[:, :1] if self.about else 0.0)
         total = (np.abs(self.weights.astype(np.float64)) * spread).sum(axis=1)
         return np.asarray(np.maximum(total + largest.max(axis=1), spread.max(axis=1)))
@@ -141,7 +156,8 @@ class _TaskVectorBatch(Batch):
         weights, rescale, scale = (
             np.array([getattr(detail, name) for detail in self.details], np.float64) for name in ("weights", "rescale", "scale")
         )
-        keep = keep_of_rows(self.details[0].kind, [detail.keep for detail in self.details])
+        self.pending = self.details[0].pending
+        keep = keep_of_rows(self.details[0].kind, [detail.keep for detail in self.details], self.pending)
         compute = self.inputs.compute
         with np.errstate(over="ignore"):
             self.how = TaskVectors(
@@ -150,7 +166,21 @@ class _TaskVectorBatch(Batch):
             )  # fmt: skip
 
     def call(self, backend: Backend) -> Call:
-        return lambda table, pieces: backend.task_vector_merge(table, self.how, pieces)
+        if self.pending is not None:
+            return partial(self._call_pending, backend, self.pending)
+        return lambda table, pieces: backend.task_vector_merge(table, self.how, pieces) != 0
+
+    def _call_pending(self, backend: Backend, pending: Pending, table: Table, pieces: Array) -> npt.NDArray[np.bool_]:
+        """Merge without waiting for the cuts, and once more, with those that the device has missed, what needs these."""
+        flags = backend.task_vector_merge(table, self.how, pieces)
+        spoiled = np.asarray(flags & SPOILED, np.bool_)
+        if flags.any():
+            settled = pending.settle()  # an error, if what is not finite is one
+            again = pieces[(flags[pieces[:, 0]] & MISSED) != 0]
+            if len(again):
+                how = replace(self.how, keep=_on_host(self.how.keep, settled, self.inputs.compute))
+                spoiled |= backend.task_vector_merge(table, how, again) != 0
+        return spoiled
 
     def bound(self, largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         how = self.how
@@ -290,7 +320,7 @@ class Binder:
         terms = step.terms(Table([[spans[source] for source in taking_part]]).compute)
         self._check(terms.weights, step, item)
         plain_copy = terms.copied is not None and Table([[spans[terms.copied]]]).dtypes == (item.dtype,)
-        kind = Batch if plain_copy or not terms.inputs else _SumBatch
+        kind = Batch if plain_copy or not terms.inputs else SumBatch
         self._add(item, step, terms, terms.inputs, kind, terms.reference)
 
     def _add_slices(self, item: Item, step: SumOfSlices) -> None:
@@ -319,7 +349,7 @@ class Binder:
         if not taking_part:
             self._add_sum(item, Sum([0.0] * plan.models, base_weight=1.0))
             return
-        kind = kind_of(step.keep)
+        kind, pending = kind_of(step.keep), _pending(step.keep, taking_part, compute)
         if isinstance(step.keep, AtRandom) and all(step.keep.density[k] == 1 for k in taking_part):
             kind = "all"
         detail = _TaskVectorRow(
@@ -327,9 +357,10 @@ class Binder:
             [step.weight[k] for k in taking_part],
             [1.0 if step.rescale is None else step.rescale[k] for k in taking_part],
             step.scale,
-            keep_for(step.keep, item, taking_part, compute),
+            keep_for(step.keep, item, taking_part, compute, pending),
+            pending,
         )
-        self._add(item, step, detail, (-1, *taking_part), _TaskVectorBatch, kind, step.elect, step.combine)
+        self._add(item, step, detail, (-1, *taking_part), _TaskVectorBatch, kind, step.elect, step.combine, pending)
 
     def _add_formula(self, item: Item, step: Elementwise) -> None:
         row = bind(self.plan, item, step, self._compute[item.name])
@@ -368,13 +399,17 @@ class Binder:
 
 @dataclass(frozen=True, eq=False)
 class _TaskVectorRow:
-    """What a row of `Consensus` has of its own: of the models that take part weights, factors, and what `keep_for` returns."""
+    """What a row of `Consensus` has of its own: of the models that take part weights, factors, and what `keep_for` returns.
+
+    Cuts that are ``pending`` stay where they are.
+    """
 
     kind: Literal["all", "random", "magnitude"]
     weights: list[float]
     rescale: list[float]
     scale: float
-    keep: tuple[Array, Array, Array]
+    keep: "KeepRow"
+    pending: Pending | None
 
 
 @lru_cache(1024)
@@ -414,18 +449,42 @@ def slices_of(item: Item, along: str) -> tuple[int, int]:
     return elements // length, length
 
 
-def keep_for(keep: KeepStep | None, item: Item, models: Sequence[int], compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
-    """Return the keys, thresholds and cuts of one row of `mergekit_cl.kernels.Keep`, [models, 2] each."""
+KeepRow: TypeAlias = tuple[Array, Array, Array, Array]
+"""Keys, thresholds, cuts, and places among the cuts on a device, of one row of `mergekit_cl.kernels.Keep`, [models, 2] each."""
+
+
+def keep_for(
+    keep: KeepStep | None, item: Item, models: Sequence[int], compute: np.dtype[Any], pending: Pending | None = None
+) -> KeepRow:
+    """Turn a rule into numbers for one row. All cuts are looked at but for those that are ``pending``."""
     seed = keep.seed if isinstance(keep, AtRandom) else 0
     keys = np.array([hash_key(seed, item.name, k) for k in models], np.uint32)
-    cuts = np.array([_cuts(keep, k, compute) for k in models], np.int64)
-    return keys, cuts[..., 1], cuts[..., 0]
+    cuts = np.array([_cuts(keep, k, compute, pending) for k in models], np.int64)
+    return keys, cuts[..., 1], cuts[..., 0], cuts[..., 2]
 
 
-def keep_of_rows(kind: Literal["all", "random", "magnitude"], rows: Sequence[tuple[Array, Array, Array]]) -> Keep:
+def keep_of_rows(kind: Literal["all", "random", "magnitude"], rows: Sequence[KeepRow], pending: Pending | None = None) -> Keep:
     """Put what `keep_for` returned for each row of a table into one `mergekit_cl.kernels.Keep`."""
-    keys, thresholds, cuts = (np.array(parts) for parts in zip(*rows, strict=True))
-    return Keep(kind, keys, thresholds, cuts)
+    keys, thresholds, cuts, places = (np.array(parts) for parts in zip(*rows, strict=True))
+    return (
+        Keep(kind, keys, thresholds, cuts) if pending is None else Keep(kind, keys, thresholds, cuts, pending.selected, places)
+    )
+
+
+def _pending(keep: KeepStep | None, models: Sequence[int], compute: np.dtype[Any]) -> Pending | None:
+    """Return what the cuts of these models that are on a device belong to, if the kernels can take them from there."""
+    if not isinstance(keep, AtLeast) or compute != np.float32:
+        return None
+    cuts = [each[k] for each in (keep.cuts, keep.less) if each is not None for k in models]
+    return next((cut.pending for cut in cuts if isinstance(cut, PendingCut)), None)
+
+
+def _on_host(keep: Keep, settled: Sequence[Cut], compute: np.dtype[Any]) -> Keep:
+    """Put cuts into a rule in place of those on the device."""
+    assert keep.places is not None
+    placed = np.array([_place(cut, compute) for cut in settled], np.int64)[keep.places]
+    thresholds, cuts = (np.where(keep.places < 0, own, placed[..., n]) for own, n in ((keep.thresholds, 1), (keep.cuts, 0)))
+    return Keep(keep.kind, keep.keys, thresholds, cuts)
 
 
 def kind_of(keep: KeepStep | None) -> Literal["all", "random", "magnitude"]:
@@ -443,27 +502,35 @@ def lists(keep: KeepStep | None) -> list[Sequence[Any]]:
 def _keeps_nothing(keep: KeepStep | None, k: int) -> bool:
     if keep is None:
         return False
-    return keep.density[k] <= 0 if isinstance(keep, AtRandom) else keep.cuts[k].magnitude == np.inf and not keep.cuts[k].share
+    return keep.density[k] <= 0 if isinstance(keep, AtRandom) else keep.cuts[k].keeps_nothing
 
 
-def _cuts(keep: KeepStep | None, k: int, compute: np.dtype[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (pattern, threshold) of the cut that entries must be before, and of the one that they must not be before."""
-    beyond = 2 ** (8 * compute.itemsize - 1) - 1
+def _cuts(
+    keep: KeepStep | None, k: int, compute: np.dtype[Any], pending: Pending | None
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return (pattern, threshold, place) of the cut that entries must be before, and of that which they must not be before."""
+    none, beyond = (-1, 0, -1), (2 ** (8 * compute.itemsize - 1) - 1, 0, -1)
     if keep is None:
-        return (-1, 0), (beyond, 0)
+        return none, beyond
     if isinstance(keep, AtRandom):
-        return (-1, round(keep.density[k] * _HASHES)), (beyond, 0)
-    return _place(keep.cuts[k], compute), (_place(keep.less[k], compute) if keep.less is not None else (beyond, 0))
+        return (-1, round(keep.density[k] * _HASHES), -1), beyond
+    cuts = [keep.cuts[k], *([] if keep.less is None else [keep.less[k]])]
+    placed = [
+        (0, 0, cut.number) if isinstance(cut, PendingCut) and cut.pending is pending else (*_place(cut, compute), -1)
+        for cut in cuts
+    ]
+    return placed[0], placed[1] if len(placed) > 1 else beyond
 
 
 def _place(cut: Cut, compute: np.dtype[Any]) -> tuple[int, int]:
     """Turn a cut into a pattern, and a threshold for the hashes of the entries that have it."""
-    if cut.magnitude < 0:
+    magnitude, share = cut.magnitude, cut.share
+    if magnitude < 0:
         return -1, 0
     with np.errstate(over="ignore"):
-        value, share = compute.type(cut.magnitude), cut.share
-    if float(value) != cut.magnitude:  # a float64 cut through float32 entries: none equals it
-        value, share = (np.nextafter(value, compute.type(0)) if float(value) > cut.magnitude else value), 0.0
+        value = compute.type(magnitude)
+    if float(value) != magnitude:  # a float64 cut through float32 entries: none equals it
+        value, share = (np.nextafter(value, compute.type(0)) if float(value) > magnitude else value), 0.0
     pattern, threshold = int(value.view(f"i{compute.itemsize}")), round(share * _HASHES)
     return (pattern - 1, 0) if threshold >= _HASHES else (pattern, threshold)
 

@@ -79,9 +79,18 @@ def _flag(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
 Debug = Annotated[bool, _flag("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, _flag("--json", help="Print what was done, or what is wrong, as JSON.")]
 Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory that the whole process may take, such as 2GiB; 512MB by default, 2GB with a GPU.",
+        rich_help_panel="Resources",
+    ),
+]
+Device = Annotated[
     str,
     typer.Option(
-        metavar="SIZE", help="Memory that the whole process may take, such as 512MB or 2GiB.", rich_help_panel="Resources"
+        help="Where to compute: cpu; cuda, or cuda:1 and so on, of ROCm too; auto, a GPU if there is one.",
+        rich_help_panel="Resources",
     ),
 ]
 Threads = Annotated[
@@ -90,7 +99,9 @@ Threads = Annotated[
         "-j", "--threads", "--num-threads", min=1, help="Threads; all processors by default.", rich_help_panel="Resources"
     ),
 ]
-Backend = Annotated[str, typer.Option(help="auto, numba or numpy; the result is the same.", rich_help_panel="Resources")]
+Backend = Annotated[
+    str, typer.Option(help="auto, numba or numpy, or triton on a GPU; the result is the same.", rich_help_panel="Resources")
+]
 ShardSize = Annotated[
     str,
     typer.Option("--out-shard-size", metavar="SIZE", help="Bytes of a file of the result, at most.", rich_help_panel="Output"),
@@ -162,7 +173,8 @@ def merge(
     exclude: Exclude = None,
     out_dtype: Annotated[str | None, typer.Option(help="Dtype of all floating tensors of the result.")] = None,
     seed: Annotated[int, typer.Option(help="For methods with random masks.")] = 0,
-    memory: Memory = "512MB",
+    device: Device = "cpu",
+    memory: Memory = None,
     threads: Threads = None,
     backend: Backend = "auto",
     out_shard_size: ShardSize = "50GB",
@@ -183,6 +195,7 @@ def merge(
             method,
             base=base,
             out=out,
+            device=device,
             out_dtype=out_dtype,
             seed=seed,
             only=only,
@@ -191,8 +204,8 @@ def merge(
         )
 
     _carry_out(
-        prepare, memory=memory, threads=threads, backend=backend, shard_size=out_shard_size, overwrite=overwrite, verify=verify,
-        dry_run=dry_run, allow_nonfinite=allow_nonfinite, quiet=quiet, as_json=as_json,
+        prepare, device=device, memory=memory, threads=threads, backend=backend, shard_size=out_shard_size, overwrite=overwrite,
+        verify=verify, dry_run=dry_run, allow_nonfinite=allow_nonfinite, quiet=quiet, as_json=as_json,
     )  # fmt: skip
 
 
@@ -200,15 +213,13 @@ _IGNORED = {
     "--allow-crimes": "models need the same tensors, whatever their architectures are called",
     "--lora-merge-cache": "adapters are applied while the tensors are read, nothing is cached",
     "--lora-merge-dtype": "adapters are applied in float32",
-    "--cuda": "files are merged on the CPU",
-    "--device": "files are merged on the CPU",
     "--low-cpu-memory": "--memory is the limit",
     "--clone-tensors": "a layer that is used twice is written twice",
     "--trust-remote-code": "no code of a model is run",
     "--lazy-unpickle": "pickles are never opened",
-    "--read-to-gpu": "files are merged on the CPU",
-    "--multi-gpu": "files are merged on the CPU",
-    "--gpu-rich": "files are merged on the CPU",
+    "--read-to-gpu": "files are read into memory from which a GPU copies by itself",
+    "--multi-gpu": "one GPU is used",
+    "--gpu-rich": "--device cuda is what it takes",
     "--async-write": "reading, computing and writing always go on side by side",
     "--write-threads": "reading, computing and writing always go on side by side",
     "--verbose": "--debug shows tracebacks",
@@ -229,7 +240,8 @@ def run(
     only: Only = None,
     exclude: Exclude = None,
     seed: Annotated[int | None, typer.Option("--seed", "--random-seed", help="For methods with random masks.")] = None,
-    memory: Memory = "512MB",
+    device: Device = "cpu",
+    memory: Memory = None,
     threads: Threads = None,
     backend: Backend = "auto",
     out_shard_size: ShardSize = "50GB",
@@ -261,8 +273,7 @@ def run(
     allow_crimes: Annotated[bool, _without_meaning("--allow-crimes/--no-allow-crimes")] = False,
     lora_merge_cache: Annotated[str | None, _without_meaning("--lora-merge-cache")] = None,
     lora_merge_dtype: Annotated[str | None, _without_meaning("--lora-merge-dtype")] = None,
-    cuda: Annotated[bool, _without_meaning("--cuda/--no-cuda")] = False,
-    device: Annotated[str | None, _without_meaning("--device")] = None,
+    cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="The same as --device cuda.", hidden=True)] = False,
     low_cpu_memory: Annotated[bool, _without_meaning("--low-cpu-memory/--no-low-cpu-memory")] = False,
     clone_tensors: Annotated[bool, _without_meaning("--clone-tensors/--no-clone-tensors")] = False,
     trust_remote_code: Annotated[bool, _without_meaning("--trust-remote-code/--no-trust-remote-code")] = False,
@@ -300,8 +311,9 @@ def run(
     given = {f"--{name.replace('_', '-')}" for name, value in ctx.params.items() if value}
     notes = [f"{name} has no meaning here: {why}" for name, why in _IGNORED.items() if name in given]
     _carry_out(
-        prepare, memory=memory, threads=threads, backend=backend, shard_size=out_shard_size, overwrite=overwrite, verify=verify,
-        dry_run=dry_run, allow_nonfinite=allow_nonfinite, quiet=quiet, as_json=as_json, notes=notes,
+        prepare, device="cuda" if cuda and device == "cpu" else device, memory=memory, threads=threads, backend=backend,
+        shard_size=out_shard_size, overwrite=overwrite, verify=verify, dry_run=dry_run, allow_nonfinite=allow_nonfinite,
+        quiet=quiet, as_json=as_json, notes=notes,
     )  # fmt: skip
 
 
@@ -346,7 +358,8 @@ def demo(
 def _carry_out(
     prepare: "Callable[[], FileMerge | AdapterMerge]",
     *,
-    memory: str,
+    device: str,
+    memory: str | None,
     threads: int | None,
     backend: str,
     shard_size: str,
@@ -360,10 +373,13 @@ def _carry_out(
 ) -> None:
     """Merge, or only tell what would be done."""
     from mergekit_cl.memory import anonymous_memory, parse_size
+    from mergekit_cl.staging import default_memory, find_device
 
     faults = Faults()
     with faults:
-        limit = parse_size(memory, "--memory")
+        device = find_device(device)
+    with faults:
+        limit = parse_size(default_memory(device) if memory is None else memory, "--memory")
     with faults:
         size = parse_size(re.sub(r"(?<=\d)\s*[bB]\s*$", "GB", shard_size), "--out-shard-size")  # 5B: mergekit's billions
     with faults:
@@ -375,16 +391,19 @@ def _carry_out(
         for note in every_note:
             typer.echo(f"note: {note}", err=True)
     if dry_run:
-        prepared.check(memory=limit, held=held, threads=threads, backend=backend, shard_size=size, overwrite=overwrite)
-        _show_plan(prepared.describe(), as_json)
+        prepared.check(
+            memory=limit, held=held, threads=threads, backend=backend, device=device, shard_size=size, overwrite=overwrite
+        )
+        _show_plan({**prepared.describe(), "device": device}, as_json)
         return
     try:
         total = prepared.traffic + (prepared.written if verify else 0)
         with _progress("merging", total, hidden=quiet or as_json) as advance:
             width = prepared.traffic / max(prepared.elements, 1)  # bytes that an element stands for
             report = prepared.run(
-                overwrite=overwrite, verify=verify, shard_size=size, backend=backend, threads=threads, memory=limit, held=held,
-                nonfinite="allow" if allow_nonfinite else "error", advance=lambda done: advance(done * width), verified=advance,
+                overwrite=overwrite, verify=verify, shard_size=size, backend=backend, device=device, threads=threads,
+                memory=limit, held=held, nonfinite="allow" if allow_nonfinite else "error",
+                advance=lambda done: advance(done * width), verified=advance,
                 started=lambda tensors: None if quiet or not tensors else typer.echo(
                     f"note: {tensors} of the tensors are there already, by an earlier run that was stopped", err=True
                 ),
@@ -411,10 +430,11 @@ def _summary(report: "Report", verified: bool) -> str:
     if report.resumed:
         parts.append(f"{report.resumed} of them by an earlier run")
     peak = "" if report.peak is None else f", at most {shown_size(report.peak)} of memory"
+    device = "" if report.device == "cpu" else f" on {report.device}"
     return (
         f"{report.target}: {', '.join(parts)}{', verified' if verified else ''}\n"
         f"read {shown_size(report.read)}, wrote {shown_size(report.written)} in {report.seconds:.1f} s "
-        f"({shown_size(rate)}/s){peak}"
+        f"({shown_size(rate)}/s){device}{peak}"
     )
 
 
@@ -433,6 +453,8 @@ def _show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     if "written" in plan:
         typer.echo(f"to write  {shown_size(plan['written'])} to {plan['target']}")
         typer.echo(f"beside    {', '.join(plan['companions']) or 'nothing'}")
+    if plan["device"] != "cpu":
+        typer.echo(f"to compute on {plan['device']}")
     typer.echo("nothing was written (--dry-run)")
 
 

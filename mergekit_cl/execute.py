@@ -12,12 +12,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from mergekit_cl import kernels
-from mergekit_cl.batches import Batch, Binder, Row, draws, looks_along
+from mergekit_cl.batches import Batch, Binder, Row, SumBatch, draws, looks_along
 from mergekit_cl.dtypes import largest_finite
 from mergekit_cl.errors import MergeError, MismatchError, NonFiniteError, listing
 from mergekit_cl.formula_rows import bind
@@ -28,13 +29,18 @@ from mergekit_cl.registry import Method
 from mergekit_cl.shares import Shares
 from mergekit_cl.steps import Apply, Elementwise, Survey
 from mergekit_cl.survey import carry_out, check
-from mergekit_cl.windows import Windows, bounds, call_aligned, on_disk, portions
+from mergekit_cl.windows import Windows, bounds, call_aligned, portions
+
+if TYPE_CHECKING:
+    from mergekit_cl.kernels.triton.guarded import GuardedSums
 
 CHUNK = 64 * BLOCK
 """Elements that a thread takes at a time, at most: large enough to stream, small enough to share out evenly."""
 
 WINDOW = 8 << 20
 """Bytes that a thread reads from files, and writes to them, at a time: they stay in a processor's cache."""
+
+_ROUNDED = 1.001  # bounds are computed as if nothing was rounded
 
 Nonfinite: TypeAlias = Literal["error", "allow"]
 Advance: TypeAlias = Callable[[int], None]
@@ -53,6 +59,7 @@ class Executor:
         spans: The inputs of each tensor, by its name, where they are not the memory of the plan's own arrays.
         outputs: Makes the span that a tensor is written to, where that is not memory that is handed back.
         window: Bytes that a thread reads from files, and writes to them, at a time.
+        windows: What reads and writes a window at a time; without it, on the CPU.
 
     """
 
@@ -67,9 +74,11 @@ class Executor:
         spans: Mapping[str, tuple[Span, ...]] | None = None,
         outputs: Callable[[Item], Span] | None = None,
         window: int = WINDOW,
+        windows: Windows | None = None,
     ) -> None:
         self.plan = plan
-        self.backend_name, self.backend = kernels.load(backend, plan.device)
+        self._windows = windows or Windows()
+        self.backend_name, self.backend = kernels.load(backend, self._windows.device or plan.device)
         self.threads = processors() if threads is None else threads
         self.nonfinite = nonfinite
         self.constant = constant
@@ -84,8 +93,14 @@ class Executor:
         self.elements = sum(len(spans[0]) for spans in self.spans.values())
         self._pool: ThreadPoolExecutor | None = None
         self._batches: list[Batch] | None = None
+        self._guarded: GuardedSums | None = None
+        self._direct = False
         self._known: dict[tuple[str, int], float] = {}
-        self._windows = Windows()
+
+    @property
+    def stages(self) -> bool:
+        """Whether kernels get windows on a device, and not whole tables where they lie."""
+        return self._windows.device is not None
 
     @property
     def reads_in_place(self) -> bool:
@@ -107,27 +122,42 @@ class Executor:
         Where processes share tensors, all of them raise the error of one.
 
         """
-        strict = self.nonfinite == "error"
         wide = self.threads > 1 and self.plan.device == "cpu" and self.elements > BLOCK
         with ThreadPoolExecutor(self.threads) if wide else nullcontext() as self._pool:
             self._check_exact()
-            batches, gathered = (self._batches, []) if self._batches else self._batch(self._steps())
+            batches, gathered = self._bound()
             advance(sum(len(row.out) for row, _ in gathered))
             problems = [problem for _, found in gathered for problem in found]
-            if self.plan.check_first and strict:
-                self._refuse([*problems, *self._explain(self._check_before_writing(batches))])
-            if self.plan.in_place and not self.plan.method.surveys and not gathered:
-                self._batches = batches  # neither the memory nor the weights will change
-            # after a check backwards, because what has been read last is still in the cache
-            order = reversed(batches) if self.plan.check_first else batches
-            spoiled = [row for batch in order for row in self._apply(batch, advance)]
-            if strict:
-                problems += self._explain(spoiled)
-                self._refuse(problems, agreed=self.plan.check_first)
-        if self.outputs is not None:
-            return {}
-        rows = [row for batch in batches for row in batch.rows] + [row for row, _ in gathered]
-        return {name: leaf for row in rows for name, leaf in self._finish(row).items()}
+            rows = [row for batch in batches for row in batch.rows] + [row for row, _ in gathered]
+            if self._guarded is not None:
+                self._guarded.launch()
+                merged = self._finished(rows) if self._direct else None  # while the device computes
+                if self._guarded.done():
+                    advance(self.elements)
+                    return merged or self._finished(rows)
+            self._compute(batches, problems, advance)
+        return self._finished(rows) if self.outputs is None else {}
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether `run` replays a CUDA graph."""
+        return self._guarded is not None and self._guarded.is_recorded
+
+    def record(self) -> None:
+        """Record the merge as a CUDA graph, which `run` replays from then on. Nothing is computed.
+
+        Raises:
+            MergeError: A graph cannot hold this merge: it is one of something else than weighted sums, or not on a GPU, or
+                tensors are copied for it.
+
+        """
+        self._bound()
+        if self._guarded is None or not (self._direct and self.reads_in_place):
+            raise MergeError(
+                f"{self.plan.method.name}: a CUDA graph cannot hold this merge, but one of weighted sums, without a survey, of "
+                "tensors that are whole, contiguous, and on a GPU"
+            )
+        self._guarded.record()
 
     # Survey and reduce
 
@@ -169,8 +199,8 @@ class Executor:
         for one call at a time.
         """
         cut = self.plan.device == "cpu"
-        windowed = cut and any(map(on_disk, chain.from_iterable(table.spans)))
-        chunk = _fitting(table, self.window) if windowed else CHUNK
+        windowed = cut and any(map(self._windows.takes, chain.from_iterable(table.spans)))
+        chunk = _fitting(table, self.window, self._windows.takes) if windowed else CHUNK
         if slices is not None:
             shares = deal_slices(table.lengths, slices, self.threads, chunk, cut)
         else:
@@ -188,6 +218,46 @@ class Executor:
         return zip(shares, side_by_side(partial(self._windows.call, call, table, slices), shares, later), strict=True)
 
     # Apply
+
+    def _bound(self) -> tuple[list[Batch], list[tuple[Row, list[str]]]]:
+        """Bind the apply steps to memory, as `_batch` does; once in place, if neither memory nor weights will change."""
+        if self._batches:
+            return self._batches, []
+        batches, gathered = self._batch(self._steps())
+        if self.plan.in_place and not self.plan.method.surveys and not gathered:
+            self._batches, self._guarded = batches, self._guard(batches)
+            self._direct = all(row.direct for batch in batches for row in batch.rows)
+        return batches, gathered
+
+    def _guard(self, batches: Sequence[Batch]) -> "GuardedSums | None":
+        """Let the device decide whether to write, where all that is computed in place are weighted sums of its own memory."""
+        plan = self.plan
+        if self.backend_name != "triton" or not plan.check_first or plan.exact or self.shares:
+            return None
+        if any(map(self._windows.takes, chain.from_iterable(self.spans.values()))):
+            return None
+        sums = [_as_sum(batch) for batch in batches]
+        if not sums or None in sums:
+            return None
+        from mergekit_cl.kernels.triton.guarded import GuardedSums
+
+        guarded = GuardedSums(batches[0].table)
+        for batch, (weights, about) in zip(batches, filter(None, sums), strict=True):
+            constant = [column for column, source in enumerate(batch.sources) if source in self.constant]
+            reach = _reach(batch) if self.nonfinite == "error" else None
+            guarded.add(batch.table, weights, about, reach, constant)
+        return guarded
+
+    def _compute(self, batches: Sequence[Batch], problems: list[str], advance: Advance) -> None:
+        """Compute all batches; before or afterwards refuse what is not finite in them, and the problems that are known."""
+        strict, check_first = self.nonfinite == "error", self.plan.check_first
+        if check_first and strict:
+            self._refuse([*problems, *self._explain(self._check_before_writing(batches))])
+        # after a check backwards, because what has been read last is still in the cache
+        order = reversed(batches) if check_first else batches
+        spoiled = [row for batch in order for row in self._apply(batch, advance)]
+        if strict:
+            self._refuse([*problems, *self._explain(spoiled)], agreed=check_first)
 
     def _batch(self, steps: Iterable[tuple[Item, Apply]]) -> tuple[list[Batch], list[tuple[Row, list[str]]]]:
         """Put every tensor into a batch with its like; compute what needs whole tensors of which this process has a part."""
@@ -210,6 +280,10 @@ class Executor:
         batches = binder.alone(item, step, spans, out)
         spoiled = [row for batch in batches for row in self._apply(batch, lambda _: None)]
         return Row(item, None, (), (), self.shares.own(item.name, out)), self._explain(spoiled, spans)
+
+    def _finished(self, rows: Sequence[Row]) -> dict[str, Leaf]:
+        """Hand all merged tensors back, by name."""
+        return {name: leaf for row in rows for name, leaf in self._finish(row).items()}
 
     def _finish(self, row: Row) -> dict[str, Leaf]:
         """Hand a merged tensor back under each of its names."""
@@ -286,11 +360,10 @@ class Executor:
             largest = self._largest_inputs(batch)
             with np.errstate(invalid="ignore", over="ignore"):
                 bound = batch.bound(largest)
-            limit = min(largest_finite(batch.table.dtypes[-1]), largest_finite(batch.inputs.compute.name))
             infinite = np.logical_not(np.isfinite(largest).all(axis=1, keepdims=False))
             spoiled += [row for row, bad in zip(batch.rows, infinite, strict=True) if bad]
             # rare: an overflow cannot be ruled out, so compute into memory of its own, and see
-            doubtful = np.logical_and(~infinite, 1.001 * bound >= limit)
+            doubtful = np.logical_and(~infinite, _ROUNDED * bound >= _limit(batch))
             trial = [
                 replace(row, out=row.item.library.empty(row.item.like, row.item.dtype), direct=False)
                 for row, doubt in zip(batch.rows, doubtful, strict=True)
@@ -371,10 +444,27 @@ def _span(leaf: Leaf) -> Span:
     return library.span(leaf)
 
 
-def _fitting(table: Table, window: int) -> int:
+def _fitting(table: Table, window: int, takes: Callable[[Span], bool]) -> int:
     """Count how many elements of a table can be read, computed and written together, a multiple of `BLOCK`."""
-    width: int = sum(span.dtype.itemsize for span in table.spans[0] if on_disk(span))
+    width: int = sum(span.dtype.itemsize for span in table.spans[0] if takes(span))
     return max(1, window // (width * BLOCK)) * BLOCK
+
+
+def _as_sum(batch: Batch) -> tuple[Array, bool] | None:
+    """Return the weights of sums, and whether they are about a reference; ``None`` if a batch is something else."""
+    if isinstance(batch, SumBatch):
+        return batch.weights, batch.about
+    return (np.ones((len(batch.rows), 1), batch.inputs.compute), False) if batch.copied and batch.sources else None
+
+
+def _limit(batch: Batch) -> float:
+    """Return the largest number that can be computed, and written."""
+    return min(largest_finite(batch.table.dtypes[-1]), largest_finite(batch.inputs.compute.name))
+
+
+def _reach(batch: Batch) -> npt.NDArray[np.float64]:
+    """Return up to which magnitude of the inputs no sum can overflow, float64 [rows]."""
+    return np.asarray(_limit(batch) / (_ROUNDED * batch.bound(np.ones((len(batch.rows), len(batch.sources))))))
 
 
 def _equal(one: Span, other: Span) -> bool:

@@ -30,11 +30,12 @@ from mergekit_cl.globs import Globs, check_globs, chosen, globs_of
 from mergekit_cl.layout import Entry, ties
 from mergekit_cl.memory import Anonymous
 from mergekit_cl.models import Model
-from mergekit_cl.out_of_core import Job, check_backend, check_memory, run
+from mergekit_cl.out_of_core import Job, check_memory, run
 from mergekit_cl.plan import Plan, plan
 from mergekit_cl.recipe import Options, Recipe, recipe_text
 from mergekit_cl.registry import Method, find
 from mergekit_cl.report import Report
+from mergekit_cl.staging import Staged, find_device, staged_for
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class FileMerge:
         verify: bool = True,
         shard_size: int | None = 50 * 10**9,
         backend: str = "auto",
+        device: str = "cpu",
         threads: int | None = None,
         nonfinite: Nonfinite = "error",
         memory: int = 512 * 10**6,
@@ -96,7 +98,8 @@ class FileMerge:
             overwrite: Whether a checkpoint that exists already is replaced, as a whole, when the new one is complete.
             verify: Whether the result is read back and compared with the checksums of what was computed.
             shard_size: Bytes of a file of the result at most; ``None`` for one file.
-            backend: "auto", "numpy" or "numba".
+            backend: "auto", "numpy" or "numba"; "triton" on a GPU.
+            device: Where to compute: see `mergekit_cl.staging.find_device`.
             threads: How many threads to use; ``None`` for all processors.
             nonfinite: Whether NaN and infinities in the inputs are errors.
             memory: Bytes of memory that may be allocated.
@@ -107,7 +110,13 @@ class FileMerge:
 
         """
         begin = time.perf_counter()
-        self.check(memory=memory, held=held, threads=threads, backend=backend, shard_size=shard_size, overwrite=overwrite)
+        self.check(
+            memory=memory, held=held, threads=threads, backend=backend, device=device, shard_size=shard_size,
+            overwrite=overwrite,
+        )  # fmt: skip
+        device = find_device(device)
+        if staged_for(backend, device) is not None:
+            backend = "triton"
         before = sum(file.bytes_read for file in self.job.files)
         try:
             with (
@@ -117,7 +126,8 @@ class FileMerge:
                 started(len(writer.done))
                 run(
                     self.job, writer,
-                    backend=backend, threads=threads, nonfinite=nonfinite, memory=memory, held=held, advance=advance,
+                    backend=backend, device=device, threads=threads, nonfinite=nonfinite, memory=memory, held=held,
+                    advance=advance,
                 )  # fmt: skip
                 writer.commit({} if self.single else self.companions, verify=verify, advance=verified)
                 resumed = len(writer.done)
@@ -133,6 +143,7 @@ class FileMerge:
             self.written,
             time.perf_counter() - begin,
             anonymous.peak,
+            device,
         )
 
     @property
@@ -146,16 +157,18 @@ class FileMerge:
         memory: int,
         threads: int | None,
         backend: str,
+        device: str = "cpu",
         held: int = 0,
         shard_size: int | None = None,
         overwrite: bool = False,
     ) -> None:
         """Find out before a run whether there are memory and disk space for it, and whether the target is free."""
         faults = Faults()
+        staged: Staged | None = None
         with faults:
-            check_backend(backend)
+            staged = staged_for(backend, device)
         with faults:
-            check_memory(self.job, memory, threads, held)
+            check_memory(self.job, memory, threads, held, staged)
         with faults:
             self._writer("", shard_size, overwrite).check()
         faults.report()
@@ -205,7 +218,11 @@ class FileMerge:
         )
 
     def _fingerprint(self, backend: str, nonfinite: str) -> str:
-        """Hash everything that the bytes of the result depend on."""
+        """Hash everything that the bytes of the result depend on.
+
+        The last bits of floating sums are a backend's own; so a merge on a GPU, by "triton", is another than one on the CPU.
+        Which GPU it is does not matter.
+        """
         files = [(str(file.path.resolve()), file.size, file.mtime_ns, file.digest) for file in self.job.files]
         plans = [
             (

@@ -6,7 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge has done: numbers of tensors, bytes, seconds; ``peak`` is anonymous memory, ``None`` where it is unknown."""
+    """What a merge has done: numbers of tensors, bytes, seconds; ``peak`` is anonymous memory, ``None`` where it is unknown.
+
+    ``device`` is where it was computed: "cpu", "cuda:0".
+    """
 
     target: Path
     merged: int
@@ -16,3 +19,4 @@ class Report:
     written: int
     seconds: float
     peak: int | None
+    device: str = "cpu"

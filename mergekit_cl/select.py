@@ -13,6 +13,13 @@ import numpy.typing as npt
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 
+SAMPLED = 1 << 15
+"""Entries from which on a sample tells where to look."""
+
+RUN = 32
+"""Neighbours that are sampled together: they lie in one or two lines of a cache."""
+
+_SAMPLE = (1 << 12, 1 << 18)
 _SIGMAS = 4.0
 _MOST = np.iinfo(np.int64).max
 
@@ -78,6 +85,11 @@ def shift_for(low: Integers, high: Integers, bins: int) -> Integers:
     """Return the least shift with which ``bins`` bins cover the patterns from ``low`` to ``high``."""
     widths = [width.bit_length() for width in ((high - low) // bins).reshape(-1).tolist()]
     return np.array(widths, np.int64).reshape(low.shape)
+
+
+def sample_step(elements: Integers) -> Integers:
+    """Return how far apart the runs are that are sampled: a 256th of the entries, in runs of `RUN`, or some thousands."""
+    return RUN * np.maximum(1, elements // np.clip(elements // 256, *_SAMPLE))
 
 
 def guess_ranks(ranks: Integers, elements: Integers, sampled: Integers) -> tuple[Integers, Integers]:

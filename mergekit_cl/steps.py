@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import fsum, inf, isfinite, isnan
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -268,8 +268,55 @@ class Cut:
         if isnan(self.magnitude) or not 0 <= self.share <= 1:
             raise MergeError(f"{self}: the magnitude must be a number, and the share in [0, 1]")
 
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether no entry is before it."""
+        return self.magnitude == inf and not self.share
+
 
 FIRST, LAST = Cut(inf), Cut(-1.0)
+
+
+class Pending(Protocol):
+    """Cuts that are on a device, or will be when the work before them is done."""
+
+    selected: Any
+    """See `mergekit_cl.kernels.Selected`."""
+
+    def settle(self) -> Sequence[Cut]:
+        """Wait for all of them, and return them."""
+
+
+class PendingCut(Cut):
+    """One of the `Pending` cuts. It is waited for only when somebody looks at its numbers."""
+
+    def __init__(self, pending: Pending, number: int) -> None:
+        self.pending = pending
+        self.number = number
+
+    @property
+    def magnitude(self) -> float:
+        """See `Cut`."""
+        return self.pending.settle()[self.number].magnitude
+
+    @property
+    def share(self) -> float:
+        """See `Cut`."""
+        return self.pending.settle()[self.number].share
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """See `Cut`: its rank is not 0."""
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cut) and (self.magnitude, self.share) == (other.magnitude, other.share)
+
+    def __hash__(self) -> int:
+        return hash((self.magnitude, self.share))
+
+    def __repr__(self) -> str:
+        return f"PendingCut({self.number})"
 
 
 @dataclass(frozen=True)

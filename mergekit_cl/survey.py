@@ -2,24 +2,25 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, groupby
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mergekit_cl.batches import keep_for, keep_of_rows, kind_of, lists, slices_of
 from mergekit_cl.errors import MergeError
-from mergekit_cl.kernels import Array, Backend, Slices, Span, Table
+from mergekit_cl.kernels import MISSED, SPOILED, Array, Backend, SelectingBackend, Slices, Span, Table
 from mergekit_cl.plan import Item, Plan
-from mergekit_cl.select import Integers, Selection, guess_ranks, shift_for
+from mergekit_cl.select import RUN, SAMPLED, Integers, Selection, guess_ranks, sample_step, shift_for
 from mergekit_cl.shares import Counts, Member
-from mergekit_cl.steps import FIRST, LAST, Cut, Gram, KeptMagnitude, KthMagnitude, KthOf, Statistics, SumOf, Survey
+from mergekit_cl.steps import FIRST, LAST, Cut, Gram, KeptMagnitude, KthMagnitude, KthOf, PendingCut, Statistics, SumOf, Survey
 from mergekit_cl.survey_formulas import fits_scope, kths_of, sums_of
 from mergekit_cl.sweeps import Bound, Group, Sweeps, add_exactly, partial_sums, refuse
-from mergekit_cl.windows import sampled
+from mergekit_cl.windows import on_disk, sampled
 
 if TYPE_CHECKING:
     from mergekit_cl.models.sharded import Processes
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 Asked: TypeAlias = Mapping[int, Any]
 """Surveys by the number of the scope that asks."""
 
-SAMPLED = 1 << 15
-"""Elements of a scope from which on a sample tells where to look for a cut."""
-
-_RUN = 32  # neighbours that are sampled together: they lie in one or two lines of the cache
-_SAMPLE = (1 << 12, 1 << 18)
 _BINS = (1 << 9, 1 << 12)  # for small and large scopes: they stay in cache, and two rounds of them resolve a sampled window
 _COUNTERS = 1 << 21  # in the histograms that there are at a time: 16 MiB, or those of one scope
 
@@ -146,11 +142,11 @@ class _Search:
 
     def sample(self) -> "_Search":
         """Copy runs of neighbours at equal distances, with every column twice."""
-        step = _RUN * max(1, self.elements // min(_SAMPLE[1], max(_SAMPLE[0], self.elements // 256)))
+        step = int(sample_step(np.array(self.elements)))
         sample = _Search((), [], [], self.sharing, self.numbers, 0)
         for row, processes in zip(self.rows, self.processes, strict=True):
             if length := len(row[0]) // step * step:
-                base, *models = (sampled(span, length, step, _RUN) for span in row)
+                base, *models = (sampled(span, length, step, RUN) for span in row)
                 sample.rows.append((base, *models, *models))
                 sample.processes.append(processes)
         return sample
@@ -180,11 +176,76 @@ def _cuts(engine: Sweeps, asked: Asked) -> dict[int, list[list[Cut]]]:
     if searches:
         wide = any("float64" in dtypes for search in searches for dtypes in search.dtypes)
         ranks = np.array([rank for *_, rank in wanted], np.int64)
+        if not wide and _stay(engine, searches):
+            pending = _PendingCuts(engine, searches, ranks)
+            for number, (answer, k, _) in enumerate(wanted):
+                answer[k] = PendingCut(pending, number)
+            if engine.plan.check_first and engine.nonfinite == "error":  # refuse before anything is written
+                pending.settle()
+            return answers
         chosen = _select(engine, searches, Selection(ranks, 63 if wide else 31), _guess(engine, searches, ranks, wide), wide)
         magnitudes = chosen.low.view(np.float64) if wide else chosen.low.astype(np.int32).view(np.float32)
         for (answer, k, _), magnitude, share in zip(wanted, magnitudes.tolist(), chosen.shares.tolist(), strict=True):
             answer[k] = Cut(magnitude, share)
     return answers
+
+
+def _stay(engine: Sweeps, searches: Sequence[_Search]) -> bool:
+    """Tell whether the cuts can be found on a device, and stay there: of float32, of whole tensors that lie in its memory."""
+    if engine.stages or engine.shares or not hasattr(engine.backend, "select_magnitudes"):
+        return False
+    return not any(on_disk(span) for search in searches for row in search.rows for span in row)
+
+
+class _PendingCuts:
+    """Cuts that a backend looks for on its device (see `mergekit_cl.steps.Pending`). Where it misses one, it is counted for."""
+
+    def __init__(self, engine: Sweeps, searches: Sequence[_Search], ranks: Integers) -> None:
+        self._engine, self._searches, self._ranks = engine, searches, ranks
+        self._cuts: list[Cut] = []
+        self._lock = Lock()
+        tables: defaultdict[tuple[str, ...], list[tuple[tuple[Span, ...], npt.NDArray[np.intp]]]] = defaultdict(list)
+        for search in searches:
+            for row, dtypes in zip(search.rows, search.dtypes, strict=True):
+                tables[dtypes].append((row, search.numbers))
+        backend = cast(SelectingBackend, engine.backend)
+        self.selected = backend.select_magnitudes(
+            [Table([row for row, _ in rows]) for rows in tables.values()],
+            [np.array([numbers for _, numbers in rows]) for rows in tables.values()],
+            ranks,
+        )
+
+    def settle(self) -> Sequence[Cut]:
+        """Wait for the cuts, and return them.
+
+        Raises:
+            NonFiniteError: What was read is not finite, and that is not allowed.
+
+        """
+        with self._lock:
+            if not self._cuts:
+                _, _, flags, patterns, ranks, equal = self.selected.fetch().T
+                spoiled = [search for search in self._searches if (flags[search.numbers] & SPOILED).any()]
+                self._engine.refuse_nonfinite(pair for each in spoiled for pair in zip(each.items, each.rows, strict=True))
+                missed = np.flatnonzero(flags & MISSED)
+                shares = ranks / np.maximum(equal, 1)
+                if len(missed):
+                    chosen = self._count(missed)
+                    patterns[missed], shares[missed] = chosen.low, chosen.shares
+                magnitudes = patterns.astype(np.int32).view(np.float32)
+                self._cuts = [Cut(*pair) for pair in zip(magnitudes.tolist(), shares.tolist(), strict=True)]
+        return self._cuts
+
+    def _count(self, missed: Integers) -> Selection:
+        """Make some of the selections by histograms of all patterns, in one thread, because each may come here."""
+        searches = []
+        for search in self._searches:
+            found = [column for column, number in enumerate(search.numbers) if number in missed]
+            if found:
+                rows = [(row[0], *(row[1 + column] for column in found)) for row in search.rows]
+                numbers = np.searchsorted(missed, search.numbers[found])
+                searches.append(replace(search, rows=rows, numbers=numbers))
+        return _select(self._engine, searches, Selection(self._ranks[missed], 31), None, False, alone=True)
 
 
 def _guess(engine: Sweeps, searches: Sequence[_Search], ranks: Integers, wide: bool) -> tuple[Integers, Integers]:
@@ -228,9 +289,9 @@ def _samples(engine: Sweeps, searches: Sequence[_Search]) -> list[_Search]:
 
 def _select(
     engine: Sweeps, searches: Sequence[_Search], selection: Selection, guess: tuple[Integers, Integers] | None, wide: bool,
-    rounds: int | None = None,
+    rounds: int | None = None, alone: bool = False,
 ) -> Selection:  # fmt: skip
-    """Count, round by round, until all selections are made."""
+    """Count, round by round, until all selections are made; ``alone``: with one thread."""
     low, high = guess or (selection.low, selection.high)
     for number in count():
         if not searches or number == rounds:
@@ -244,7 +305,7 @@ def _select(
             for part in together:
                 numbers = np.concatenate([search.numbers for search in part])
                 shift[numbers] = shift_for(low[numbers], high[numbers], part[0].bins)
-                counted += _count(engine, part, low, shift, wide)
+                counted += _count(engine, part, low, shift, wide, alone)
             totals = iter(engine.shares.add_up(counted))
             for part in together:
                 numbers = np.concatenate([search.numbers for search in part])
@@ -279,7 +340,7 @@ def _parts(searches: Sequence[_Search]) -> Iterable[list[_Search]]:
         yield part
 
 
-def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Integers, wide: bool) -> list[Counts]:
+def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Integers, wide: bool, alone: bool) -> list[Counts]:
     """Make the histograms of some searches, int64 [selections, bins + 2] each: of what each group of processes shares."""
     bins = part[0].bins
     groups: defaultdict[Any, list[tuple[int, tuple[Span, ...]]]] = defaultdict(list)
@@ -294,7 +355,7 @@ def _count(engine: Sweeps, part: Sequence[_Search], low: Integers, shift: Intege
         owners = np.array([index for index, _ in members])
         numbers = np.array([part[index].numbers for index, _ in members])
         call = partial(_histograms, engine.backend, low[numbers], shift[numbers], bins, wide, owners)
-        for _, (touched, found) in engine.sweep(call, table, few=True):
+        for _, (touched, found) in engine.sweep(call, table, few=True, alone=alone):
             for index, histogram in zip(touched.tolist(), found, strict=True):
                 counts[index][processes] += histogram
     return counts

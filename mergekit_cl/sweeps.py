@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,11 @@ class Sweeps(Protocol):
     backend: Backend
     spans: Mapping[str, tuple[Span, ...]]
     shares: Shares
+    nonfinite: Literal["error", "allow"]
+
+    @property
+    def stages(self) -> bool:
+        """Whether kernels get windows on a device, and not whole tables where they lie."""
 
     def sweep(
         self,
@@ -29,8 +34,9 @@ class Sweeps(Protocol):
         slices: Slices | None = None,
         *,
         few: bool = False,
+        alone: bool = False,
     ) -> Iterable[tuple[Array, Any]]:
-        """Call a kernel for all pieces of a table, in threads; yield each share of pieces with its result."""
+        """Call a kernel for all pieces of a table, in threads unless ``alone``; yield each share of pieces with its result."""
 
     def refuse_nonfinite(self, spoiled: Iterable[tuple[Item, tuple[Span, ...]]]) -> None:
         """Raise an error that explains what is not finite in these inputs, if there are any, and if it is not allowed."""

@@ -4,7 +4,8 @@ Kernels take them as any other span: a table of windows says where the elements 
 only the pieces that a call is given are there. So an entry has the same index, and the same result, in every window.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from threading import local
 from typing import Any, TypeAlias
@@ -81,6 +82,29 @@ class Window:
         return address(self.array) - self.first * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where elements of a span, from number ``start`` to ``stop``, lie in some memory: from byte ``at`` on."""
+
+    span: Span
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.at + (self.stop - self.start) * int(self.span.dtype.itemsize)
+
+    def moved(self, by: int) -> "Place":
+        """Return the place that is so many bytes further on."""
+        return Place(self.span, self.start, self.stop, self.at + by)
+
+    def of(self, memory: Array) -> Array:
+        """View the elements in the memory, uint8."""
+        return memory[self.at : self.end].view(self.span.dtype)
+
+
 def on_disk(span: Span) -> bool:
     """Whether a span has to be read or written a window at a time."""
     return isinstance(span, Incoming | Outgoing)
@@ -112,7 +136,7 @@ def call_aligned(kernel: Callable[[Table, Array], Any], table: Table, pieces: Pi
     for (row, start, _), first, last in zip(heads.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
         numbers = [max(start, number) for number in range(first, last)]
         spans[row] = [Window(span.array[[n - span.first for n in numbers]], first, len(span)) for span in spans[row]]
-    part = _part(table, spans, heads[:, 0].tolist())
+    part = part_of(table, spans, heads[:, 0].tolist())
     flags = kernel(part, np.stack([heads[:, 0], firsts, lasts], axis=1)) | flags
     for (row, start, _), last in zip(heads.tolist(), lasts.tolist(), strict=True):
         table.spans[row][-1][start:last] = spans[row][-1][start:last]
@@ -143,8 +167,15 @@ def portions(span: Span, size: int) -> Iterator[Span]:
 class Windows:
     """Calls kernels for windows of tables; every thread has a buffer that it uses again and again."""
 
+    device: str | None = None
+    """Where kernels get their windows, if it is another device than that of the spans."""
+
     def __init__(self) -> None:
         self._own = local()
+
+    def takes(self, span: Span) -> bool:
+        """Whether a span is brought to the kernels a window at a time."""
+        return on_disk(span)
 
     def call(
         self,
@@ -158,33 +189,23 @@ class Windows:
 
         ``later`` are pieces that will be needed soon: the system may fetch them meanwhile.
         """
-        for row, (start, stop) in _ranges(slices, later).items() if later is not None else ():
-            for span in table.spans[row]:
-                if isinstance(span, Incoming):
-                    span.announce(start, stop)
-        ranges = _ranges(slices, pieces)
-        lazy = [(row, column, *ranges[row]) for row in ranges for column, span in enumerate(table.spans[row]) if on_disk(span)]
-        sizes = [
-            -(-(stop - start) * table.spans[row][column].dtype.itemsize // _ALIGNED) * _ALIGNED
-            for row, column, start, stop in lazy
-        ]
-        memory = self._buffer(sum(sizes))
+        announce(table, slices, later)
+        ranges = ranges_of(slices, pieces)
+        places, _, size = lay_out(table, ranges, self.takes)
+        memory = self._buffer(size)
         rows: list[Sequence[Span]] = [()] * len(table.spans)
         for row in ranges:
             rows[row] = list(table.spans[row])
-        place = 0
-        for (row, column, start, stop), size in zip(lazy, sizes, strict=True):
-            span = table.spans[row][column]
-            array = memory[place : place + (stop - start) * span.dtype.itemsize].view(span.dtype)
-            place += size
-            if isinstance(span, Incoming):
-                span.read(start, stop, array)
-            rows[row][column] = Window(array, start, len(span))  # type: ignore[index]
-        result = kernel(_part(table, rows, list(ranges)), pieces)
-        for row, column, start, _ in lazy:
-            span = table.spans[row][column]
-            if isinstance(span, Outgoing):
-                span.write(start, rows[row][column].array)
+        for row, columns, place in places:
+            array = place.of(memory)
+            if isinstance(place.span, Incoming):
+                place.span.read(place.start, place.stop, array)
+            for column in columns:
+                rows[row][column] = Window(array, place.start, len(place.span))  # type: ignore[index]
+        result = kernel(part_of(table, rows, ranges), pieces)
+        for _, _, place in places:
+            if isinstance(place.span, Outgoing):
+                place.span.write(place.start, place.of(memory))
         return result
 
     def _buffer(self, size: int) -> Array:
@@ -196,7 +217,49 @@ class Windows:
         return memory
 
 
-def _ranges(slices: Slices | None, pieces: Pieces) -> dict[int, tuple[int, int]]:
+def lay_out(
+    table: Table, ranges: Mapping[int, tuple[int, int]], takes: Callable[[Span], bool], *, as_whole: bool = False
+) -> tuple[list[tuple[int, list[int], Place]], int, int]:
+    """Lay parts of spans side by side, each in lines of the cache of its own: inputs first, then outputs.
+
+    Args:
+        table: The spans.
+        ranges: Which elements of which rows: the first, and the one after the last.
+        takes: Which spans are laid out; one that stands in several columns of a row only once.
+        as_whole: Whether an element is as far from a line's begin as it is in a tensor that begins with one, so that what is
+            aligned there is aligned here.
+
+    Returns:
+        For each part the row, the columns and its place; the bytes that the inputs take; the bytes that all take.
+
+    """
+    places: list[tuple[int, list[int], Place]] = []
+    sizes = [0]
+    for outgoing in (False, True):
+        size = sizes[-1]
+        for row, (start, stop) in ranges.items():
+            columns: dict[int, list[int]] = {}
+            for column, span in enumerate(table.spans[row]):
+                if isinstance(span, Outgoing) == outgoing and takes(span):
+                    columns.setdefault(id(span), []).append(column)
+            for alike in columns.values():
+                span = table.spans[row][alike[0]]
+                place = Place(span, start, stop, size + as_whole * (start * span.dtype.itemsize % _ALIGNED))
+                places.append((row, alike, place))
+                size = -(-place.end // _ALIGNED) * _ALIGNED
+        sizes.append(size)
+    return places, sizes[1], sizes[2]
+
+
+def announce(table: Table, slices: Slices | None, later: Pieces | None) -> None:
+    """Tell the system which pieces will be needed soon."""
+    for row, (start, stop) in ranges_of(slices, later).items() if later is not None else ():
+        for span in table.spans[row]:
+            if isinstance(span, Incoming):
+                span.announce(start, stop)
+
+
+def ranges_of(slices: Slices | None, pieces: Pieces) -> dict[int, tuple[int, int]]:
     """Return for each row that has pieces the elements from the first of them to the last."""
     ranges: dict[int, tuple[int, int]] = {}
     for row, start, stop in pieces.tolist():
@@ -208,7 +271,7 @@ def _ranges(slices: Slices | None, pieces: Pieces) -> dict[int, tuple[int, int]]
     return ranges
 
 
-def _part(table: Table, spans: Sequence[Sequence[Span]], rows: Sequence[int]) -> Table:
+def part_of(table: Table, spans: Sequence[Sequence[Span]], rows: Iterable[int]) -> Table:
     """Make a table of windows: that of the whole tensors, but with memory in these rows only."""
     part = Table(spans)
     addresses = np.zeros((len(spans), len(table.dtypes)), np.int64)

@@ -1,22 +1,51 @@
-"""Set up before any test: Triton's interpreter, eight JAX devices, hypothesis without a deadline."""
+"""Set up before any test: how Triton's kernels run, eight JAX devices, hypothesis without a deadline.
+
+The kernels are compiled where there is a GPU, and interpreted elsewhere; ``TRITON_INTERPRET`` says otherwise.
+"""
 
 import os
 import signal
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
 from mergekit_cl import registry
+from mergekit_cl.errors import BackendError
+from mergekit_cl.kernels import interpreted
+
+
+def _has_gpu() -> bool:
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+        return False  # without importing torch
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+if "TRITON_INTERPRET" not in os.environ:  # which is read when a kernel is decorated
+    os.environ["TRITON_INTERPRET"] = "0" if _has_gpu() else "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # under CI the same examples each time: a rare failure should not stop a change that has nothing to do with it
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True, derandomize="CI" in os.environ)
-settings.load_profile("default")
+settings.register_profile("gpu", settings.get_profile("default"), max_examples=10)  # most of which compile a kernel
+settings.load_profile("default" if interpreted() else "gpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Skip tests that give arrays of the CPU to the Triton kernels where those were compiled for a GPU."""
+    try:
+        return (yield)
+    except BackendError as error:
+        if interpreted() or "TRITON_INTERPRET" not in str(error) or item.get_closest_marker("gpu"):
+            raise
+        pytest.skip("needs Triton's interpreter, but there is a GPU: set TRITON_INTERPRET=1")
 
 
 @pytest.fixture(autouse=True)

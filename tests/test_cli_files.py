@@ -19,6 +19,8 @@ from typer.testing import CliRunner, Result
 
 from mergekit_cl.cli import app
 from mergekit_cl.errors import MergeError
+from mergekit_cl.kernels import numpy as numpy_kernels
+from mergekit_cl.kernels.triton.lanes import Lanes
 
 runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -127,9 +129,9 @@ def test_a_merge_and_its_summary(folder: Path) -> None:
 
 def test_quiet_prints_nothing(folder: Path) -> None:
     (folder / "recipe.yml").write_text(RECIPE)
-    assert done("run", "recipe.yml", "out", "--quiet", "--cuda").output == ""
+    assert done("run", "recipe.yml", "out", "--quiet", "--multi-gpu").output == ""
     assert done(*LINEAR, "--quiet", "--overwrite").output == ""
-    assert done("run", "recipe.yml", "other", "--no-quiet", "--cuda").output != ""
+    assert done("run", "recipe.yml", "other", "--no-quiet", "--multi-gpu").output != ""
 
 
 def test_json_tells_what_was_done(folder: Path) -> None:
@@ -138,11 +140,12 @@ def test_json_tells_what_was_done(folder: Path) -> None:
     assert facts["target"] == "out"
     assert (facts["merged"], facts["copied"], facts["resumed"]) == (2, 2, 0)
     assert (facts["read"], facts["written"], facts["verified"]) == (2 * 128 + 64, 192, False)
-    result = done("run", "recipe.yml", "other", "--json", "--cuda")
+    result = done("run", "recipe.yml", "other", "--json", "--multi-gpu")
     facts = json.loads(result.stdout)
     assert facts["verified"] is True
-    assert facts["notes"] == ["--cuda has no meaning here: files are merged on the CPU"]
-    assert result.stderr == "note: --cuda has no meaning here: files are merged on the CPU\n"
+    assert facts["notes"] == ["--multi-gpu has no meaning here: one GPU is used"]
+    assert result.stderr == "note: --multi-gpu has no meaning here: one GPU is used\n"
+    assert facts["device"] == "cpu"
 
 
 def test_a_single_file(folder: Path) -> None:
@@ -355,7 +358,8 @@ def test_all_problems_at_once(folder: Path, dry: list[str]) -> None:
     ("options", "code", "message"),
     [
         (["--backend", "nump"], 1, 'unknown backend "nump": did you mean "numpy"?'),
-        (["--backend", "triton"], 1, 'files are merged by "numba" or "numpy"'),
+        (["--device", "gpu"], 1, """device='gpu': must be "cpu", "cuda", a GPU with its number such as "cuda:1", or "auto\""""),
+        (["--device", "cuda:1"], 1, 'device="cuda:1": TRITON_INTERPRET is set'),
         (["--threads", "0"], 2, "greater than or equal to 1"),
         (["-j", "two"], 2, "--threads"),
         (["--memory", "lots"], 1, "--memory='lots': must be a number of bytes, such as 512MB or 2GiB"),
@@ -379,6 +383,25 @@ def test_wrong_options(options: list[str], code: int, message: str) -> None:
     assert result.stderr != ""
 
 
+def test_a_merge_on_a_gpu_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which stands here for Triton's interpreter, on the CPU."""
+    for module in ("staging", "file_merge"):
+        monkeypatch.setattr(f"mergekit_cl.{module}.find_device", lambda device: device.replace("cuda", "cuda:1")[:6])
+    monkeypatch.setattr("mergekit_cl.kernels.load", lambda backend, device: (backend, numpy_kernels))
+    on_the_cpu = Lanes("cpu")
+    monkeypatch.setattr("mergekit_cl.kernels.triton.lanes.Lanes", lambda device: on_the_cpu)
+    dry = words(done(*TIES, "--device", "cuda", "-p", "density=0.5", "--dry-run").stdout)
+    assert "to compute on cuda:1" in dry
+    assert json.loads(done(*LINEAR, "--device", "cuda", "--dry-run", "--json").stdout)["device"] == "cuda:1"
+    result = done(*LINEAR, "--device", "cuda", "-p", "weight=0.75,0.25")
+    assert re.search(r"/s\) on cuda:1, at most .* of memory", words(result.stdout))
+    assert_close(folder / "out/model.safetensors", expected((0.75, 0.25)))
+    (folder / "recipe.yml").write_text(RECIPE)
+    assert json.loads(done("run", "recipe.yml", "by-recipe", "--cuda", "--json").stdout)["device"] == "cuda:1"
+    error = failed("merge", "a", "b", "-m", "cat", "-o", "x", "--device", "cuda")
+    assert "cat merges adapters of one base into an adapter, as a whole; leave device= away" in words(error)
+
+
 @pytest.mark.usefixtures("folder")
 def test_options_reach_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
@@ -400,6 +423,9 @@ def test_options_reach_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"overwrite": True, "verify": False, "shard_size": 1000, "backend": "numpy", "threads": 3, "nonfinite": "allow"}
     assert runner.invoke(app, [*LINEAR]).stderr == "error: seen\n"
     assert usual | {"memory": 512_000_000, "held": 100_000_000} == {name: given[name] for name in (*usual, "memory", "held")}
+    monkeypatch.setattr("mergekit_cl.staging.find_device", lambda _: "cuda:0")
+    assert runner.invoke(app, [*LINEAR, "--device", "cuda"]).stderr == "error: seen\n"
+    assert (given["memory"], given["device"]) == (2 * 10**9, "cuda:0")
     failed(*LINEAR, "--overwrite", "--no-verify", "--out-shard-size", "1kB", "--backend", "numpy", "-j", "3",
            "--allow-nonfinite", "--memory", "300MB")  # fmt: skip
     assert other | {"memory": 300_000_000} == {name: given[name] for name in (*usual, "memory")}
@@ -632,8 +658,6 @@ MEANINGLESS = {
     "--allow-crimes": (),
     "--lora-merge-cache": ("somewhere",),
     "--lora-merge-dtype": ("bfloat16",),
-    "--cuda": (),
-    "--device": ("cuda:0",),
     "--low-cpu-memory": (),
     "--clone-tensors": (),
     "--trust-remote-code": (),
@@ -648,7 +672,8 @@ MEANINGLESS = {
 HARMLESS = (
     "--no-allow-crimes", "--no-unsafe-truncate-embeddings", "--no-trust-remote-code", "--no-cuda", "--no-low-cpu-memory",
     "--no-lazy-unpickle", "--no-read-to-gpu", "--no-multi-gpu", "--num-threads", "2", "--no-async-write", "--out-shard-size",
-    "5B", "--copy-tokenizer", "--no-clone-tensors", "--write-model-card", "--safe-serialization", "--no-quiet",
+    "5B", "--copy-tokenizer", "--no-clone-tensors", "--write-model-card", "--safe-serialization", "--no-quiet", "--device",
+    "cpu",
 )  # fmt: skip
 
 
@@ -678,6 +703,8 @@ def test_every_flag_of_mergekit_is_known() -> None:
     tried = {
         *MEANINGLESS,
         *HARMLESS,
+        "--cuda",
+        "--device",
         "--no-copy-tokenizer",
         "--no-write-model-card",
         "--no-safe-serialization",
@@ -694,6 +721,8 @@ def test_flags_of_mergekit_with_a_meaning(folder: Path) -> None:
     assert sorted(os.listdir("out")) == ["config.json", *names, "recipe.yml"]
     assert "pickles are not written" in failed("run", "recipe.yml", "x", "--no-safe-serialization")
     assert "embeddings are not cut" in failed("run", "recipe.yml", "x", "--unsafe-truncate-embeddings")
+    assert 'device="cuda"' in failed("run", "recipe.yml", "x", "--cuda")
+    assert 'device="cuda:1"' in failed("run", "recipe.yml", "x", "--device", "cuda:1", "--cuda")
     assert not Path("x").exists()
 
 

@@ -1,9 +1,11 @@
 """The engine: surveys in lockstep, over tensors and over whole models; how work is cut."""
 
+import copy
 from collections.abc import Generator
 from math import sqrt
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -152,6 +154,54 @@ def test_gram_against_float64() -> None:
 def test_partial_sums_are_added_without_error() -> None:
     blocks = [np.full((1, 1), value) for value in (1e16, 1.0, -1e16)]
     assert add_exactly(blocks) == add_exactly(blocks[::-1]) == 1
+
+
+def in_place(backend: str, spoil: tuple[str, int, float] | None = None, **parameters: Any) -> tuple[dict[str, Any], str]:
+    """Merge three models of several dtypes over the second; return it, and the error."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[type, int]] = {"a": (np.float32, 5001), "b": (ml_dtypes.bfloat16, 300), "c": (np.float16, 40)}
+    models: list[dict[str, Any]] = [
+        {name: rng.standard_normal(n).astype(dtype) for name, (dtype, n) in shapes.items()} for _ in range(3)
+    ]
+    strided = np.zeros(80, np.float16)[::2]  # which is copied before, and written afterwards
+    models[1]["c"] = strided
+    if spoil is not None:
+        name, model, value = spoil
+        models[model][name][-1] = value
+    before = copy.deepcopy(models[1])
+    try:
+        merge(models[:2], base=models[2], out=models[1], backend=backend, **parameters)
+    except NonFiniteError as error:
+        assert all(models[1][name].tobytes() == values.tobytes() for name, values in before.items())
+        return models[1], str(error)
+    assert not np.array_equal(models[1]["a"], before["a"])
+    return models[1], ""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "spoil", "error"),
+    [
+        ({}, None, ""),
+        ({"weight": [1.0, 0.0]}, None, ""),  # a copy
+        ({"weight": [{"filter": "b", "value": [1.0, 0.0]}, {"value": [0.5, 0.25]}]}, None, ""),  # a copy of one tensor
+        ({}, ("a", 0, np.nan), 'model 0, tensor "a": 1 NaN'),
+        ({}, ("b", 1, -np.inf), 'model 1, tensor "b": 1 Inf'),
+        ({}, ("c", 2, np.nan), 'base, tensor "c": 1 NaN'),
+        ({}, ("c", 0, 65504.0), 'tensor "c": finite inputs overflow float16 when merged'),
+        ({"lambda_": 0.25}, ("c", 0, 65504.0), ""),  # which cannot be ruled out beforehand
+        ({"nonfinite": "allow"}, ("a", 0, np.nan), ""),
+        ({"nonfinite": "allow"}, ("c", 0, 65504.0), ""),
+    ],
+)
+def test_the_device_decides_as_the_host_does(parameters: dict[str, Any], spoil: Any, error: str) -> None:
+    """In place all tensors are written, or none."""
+    given_ = {"method": "task_arithmetic", "weight": 1.5, **parameters}
+    (one, found), (other, expected) = (in_place(backend, spoil, **given_) for backend in ("triton", "numpy"))
+    assert found == expected
+    assert error in found
+    assert bool(found) == bool(error)
+    for name, values in other.items():
+        np.testing.assert_array_equal(one[name], values)
 
 
 @given(st.lists(st.integers(0, 10 * BLOCK), max_size=6), st.integers(1, 5), st.integers(1, 4))

@@ -364,7 +364,7 @@ def test_options_of_merge_reach_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     options = {"overwrite": True, "verify": False, "backend": "numpy", "threads": 3, "nonfinite": "allow"}
     merge([path], "passthrough", out=tmp_path / "out", memory="1GB", shard_size="2MB", **options)
     given.pop("advance")
-    assert given == options | {"memory": 10**9, "shard_size": 2 * 10**6}
+    assert given == options | {"device": "cpu", "memory": 10**9, "shard_size": 2 * 10**6}
     for wrong in ({"backend": "nunba"}, {"threads": 0}, {"nonfinite": "maybe"}):
         with pytest.raises(MergeError, match=next(iter(wrong))):
             merge([path], "passthrough", out=tmp_path / "out", **wrong)

@@ -15,14 +15,17 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
-from mergekit_cl import CheckpointError, MergeError, NonFiniteError, merge, methods, out_of_core
+from mergekit_cl import CheckpointError, MergeError, NonFiniteError, kernels, merge, methods, out_of_core
 from mergekit_cl.api import prepare_files
 from mergekit_cl.checkpoint.stored import DataFile, numpy_dtype
 from mergekit_cl.execute import CHUNK
 from mergekit_cl.file_merge import FileMerge
 from mergekit_cl.kernels import BLOCK
+from mergekit_cl.kernels import numpy as numpy_kernels
+from mergekit_cl.kernels.triton import lanes
 from mergekit_cl.out_of_core import Budget, check_memory, run
 from mergekit_cl.steps import PerMatrix
 
@@ -119,6 +122,15 @@ def arguments(name: str, how: dict[str, Any], models: Sequence[Any], scope: str)
     return list(models[1 : 1 + most]), {"base": base, **options}
 
 
+class Soiled(lanes.Lane):
+    """A lane whose memory holds NaN of all dtypes, so that what was not copied shows."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        super().__init__(device, size)
+        self.host[:] = 0xFF
+        self.there.fill_(0xFF)
+
+
 class Memory:
     """A sink that keeps what it is given, and notes how."""
 
@@ -145,7 +157,8 @@ def prepared(paths: list[Any], name: str, options: dict[str, Any]) -> FileMerge:
 
 
 def divide(monkeypatch: pytest.MonkeyPatch, window: int, kept: int) -> None:
-    monkeypatch.setattr(Budget, "of", classmethod(lambda cls, memory, threads, held=0: cls(window, kept)))
+    for name in ("of", "on_device"):
+        monkeypatch.setattr(Budget, name, classmethod(lambda cls, *given: cls(window, kept)))
 
 
 @pytest.mark.parametrize(("backend", "mixed"), [("numpy", True), ("numba", True), ("numba", False)])
@@ -183,6 +196,32 @@ def test_the_bytes_of_the_merge_in_memory(
             if least == 1:
                 assert sink.windows["layers.0.weight"] == (1 if whole else 3)
                 assert sink.windows["bias"] == 2
+
+
+@pytest.mark.parametrize(("name", "how"), CASES, ids=str)
+def test_the_bytes_of_the_merge_on_a_device(
+    name: str, how: dict[str, Any], stored: dict[bool, tuple[list[Model], list[Path]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Staged on other memory of the CPU, where NumPy's kernels stand for Triton's: in windows, and kept as far as it fits."""
+    models, paths = stored[True]
+    given, options = arguments(name, how, models, "tensor")
+    expected: Model = merge(given, name, backend="numpy", nonfinite="allow", **options)
+    sliced = "filter_wise" in how or "nuslerp_flatten" in how or name in BY_ROW
+    whole = "nuslerp_row_wise" in how or methods()[name].ends_in(PerMatrix)
+    given, options = arguments(name, how, paths, "tensor")
+    merging = prepared(given, name, options)
+    monkeypatch.setattr(kernels, "load", lambda backend, device: (backend, numpy_kernels))
+    monkeypatch.setattr(lanes, "Lane", Soiled)
+    for window, kept, threads in ((LARGEST_ROW if sliced else 1, 0, 3), (1 << 20, 60 << 20 if whole else 6 << 20, 2)):
+        divide(monkeypatch, window, 60 << 20 if whole else kept)
+        sink = Memory(merging)
+        counted: list[int] = []
+        run(merging.job, sink, backend="triton", threads=threads, nonfinite="allow", advance=counted.append)
+        wrong = [key for key, raw in sink.tensors.items() if raw.tobytes() != expected[key].tobytes()]
+        assert not wrong, (window, kept)
+        assert sum(counted) == merging.elements
+        if window == 1:
+            assert sink.windows["layers.0.weight"] == 3
 
 
 @pytest.mark.parametrize(("name", "how"), CASES, ids=str)
@@ -305,8 +344,11 @@ def test_the_memory_that_is_asked_for_is_enough(name: str, how: dict[str, Any], 
     check_memory(merging.job, enough * 10**6, threads)
 
 
-def test_triton_does_not_merge_files(stored: dict[bool, tuple[list[Model], list[Path]]], tmp_path: Path) -> None:
-    with pytest.raises(MergeError, match="triton"):
+def test_triton_does_not_merge_files_on_the_cpu(
+    stored: dict[bool, tuple[list[Model], list[Path]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(MergeError, match='backend="triton" merges on a GPU; pass device="cuda"'):
         merge(stored[False][1], "sfa", out=tmp_path / "out", backend="triton")
     assert os.listdir(tmp_path) == []
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mergekit_cl import kernels
+from mergekit_cl.adapters.torch._graphs import capturing
 from mergekit_cl.adapters.torch.parameters import (
     Source,
     before_write,
@@ -77,15 +78,23 @@ class Pulls:
             raise MergeError(f"threads={threads!r}: must be a whole number, at least 1")
         self.backend = backend
         self.threads = processors() if threads is None else threads
+        self._of_graphs: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add to the target of each row its pull towards the anchor."""
+        rows = list(rows)
+        if capturing():
+            self._of_graphs += [kept for _, _, kept, _ in rows]  # replays read them, also when there is another anchor
         groups: dict[Any, list[Row]] = {}
         for row in rows:
             target, parameter, kept, _ = row
             groups.setdefault((target.dtype, parameter.dtype, kept[-1].dtype, target.device, len(kept)), []).append(row)
         for (*_, device, _), group in groups.items():
             self._add(group, device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: not what graphs read."""
+        return {**self.__dict__, "_of_graphs": []}
 
     def _add(self, rows: list[Row], device: torch.device) -> None:
         """Add pulls to tensors of the same dtypes on one device."""
@@ -104,8 +113,11 @@ class Pulls:
             torch.autograd.graph.increment_version([target for target, *_ in rows])
 
     def _call(self, backend: Backend, table: Table, formula: Formula) -> None:
+        enqueue = getattr(backend, "enqueue_elementwise", None)
         on_cpu = table.spans[0][0].device.type == "cpu"
-        if on_cpu and self.threads > 1 and int(table.lengths.sum()) >= WIDE:
+        if enqueue is not None:
+            enqueue(table, formula, table.whole)  # what is not finite may stay so: nobody reads the flags, and nobody waits
+        elif on_cpu and self.threads > 1 and int(table.lengths.sum()) >= WIDE:
             with ThreadPoolExecutor(self.threads) as pool:
                 list(pool.map(partial(backend.elementwise, table, formula), deal(table.lengths, self.threads, CHUNK)))
         else:
@@ -235,6 +247,9 @@ class Penalty:
         A parameter without a gradient is left alone. Called before ``clip_grad_norm_``, the sum is clipped, as if the penalty
         stood in the loss; attached, the term is added after it, as weight decay is. With a gradient scaler call
         ``scaler.unscale_(optimizer)`` first.
+
+        On a GPU nothing waits for it. A CUDA graph of a step may hold the call, once one was made outside of a graph. Replays
+        add the term with the strength and the anchor of that moment, so capture the step anew after `new_task`.
 
         Raises:
             MergeError: It is attached to an optimizer, there is no gradient, or a gradient is sparse.

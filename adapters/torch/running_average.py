@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from mergekit_cl.adapters.torch._graphs import refuse_in_capture
 from mergekit_cl.adapters.torch._penalty import Pulls, refuse_overlaps, wide_of
 from mergekit_cl.adapters.torch.anchor import File, fingerprint_of, write
 from mergekit_cl.adapters.torch.parameters import (
@@ -356,6 +357,7 @@ class RunningAverage:
             self._count()
 
     def _count(self) -> bool:
+        refuse_in_capture("RunningAverage")
         self._refuse_swapped("a step")
         self.step_count = step = self.step_count + 1
         if step < self.start or (step - self.start) % self.every:
@@ -523,7 +525,9 @@ class RunningAverage:
     def _faults(self, leaves: Mapping[str, Leaf], where: str) -> list[str]:
         if self._nonfinite == "allow":
             return []
-        spoiled = [name for name, leaf in leaves.items() if not _is_finite(local_of(leaf))]
+        finite = [_is_finite(local_of(leaf)) for leaf in leaves.values()]
+        flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist() if finite else []  # read all at once
+        spoiled = [name for name, flag in zip(leaves, flags, strict=True) if not flag]
         return [f'RunningAverage, {where}: "{name}" holds NaN or Inf, or numbers next to it' for name in spoiled]
 
     def _refuse_swapped(self, asked: str) -> None:
@@ -619,7 +623,9 @@ def _whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no entry is NaN or infinite, and no difference of two overflows, in one pass and without temporary tensors."""
-    limit = torch.finfo(wide_of([tensor])).max / 2
-    return not tensor.numel() or all(abs(extreme) <= limit for extreme in torch.stack(tensor.aminmax()).tolist())
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Tell whether no entry is NaN or infinite, and no difference of two overflows: a flag, found without temporary tensors."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    wide = wide_of([tensor])
+    return (torch.stack(tensor.aminmax()).to(wide).abs() <= torch.finfo(wide).max / 2).all()

@@ -9,10 +9,12 @@ import torch
 
 from mergekit_cl.adapters.torch import anchor_folder
 from mergekit_cl.adapters.torch import lora as low_rank
+from mergekit_cl.adapters.torch._graphs import refuse_in_capture
 from mergekit_cl.adapters.torch.anchor import File, Memory, Place, check_path, fingerprint_of, write
 from mergekit_cl.adapters.torch.anchor_folder import Anchor, Folder, keep, restored, saved
 from mergekit_cl.adapters.torch.lora import Pair, pairs_of
 from mergekit_cl.adapters.torch.parameters import (
+    Source,
     after_write,
     before_write,
     buffers_of,
@@ -176,6 +178,8 @@ class SFA:
         self._optimizer: torch.optim.Optimizer | None = None
         self._hooks: list[Any] = []
         self._prepared: tuple[Any, Executor] | None = None
+        self._repeatable: tuple[list[Any], Executor, dict[str, Leaf]] | None = None
+        self._recorded = False
         self.steps_before = self.step_count = 0
         self.finished = False
         self._refused: MergeError | None = None
@@ -262,6 +266,38 @@ class SFA:
             self._check_anchor(added)
             self._update(added)
         return list(added)
+
+    def capture(self) -> "SFA":
+        """Record the merge as a CUDA graph, which is replayed at each merge from now on; return self. Nothing is merged here.
+
+        A merge is one launch then, however many tensors there are; it waits for the GPU once, for what the check has found, and
+        with ``nonfinite="allow"`` not at all. It writes the same bits, and raises the same errors.
+
+        The graph is one of the memory that parameters and anchor lie in now. Where that has changed, or a setting has, as by
+        `new_task`, `load_state_dict` or ``beta``, the next merge records it anew; if the merge has become one that no graph can
+        hold, it is done without one from then on, and the log says so. A state does not hold the graph, and neither does a copy
+        or a pickle, for which this is to be called again.
+
+        Raises:
+            MergeError: A graph cannot hold the merge: it takes more than weighted sums of whole tensors (a method that surveys,
+                or draws masks; pairs of LoRA factors with ``lora="svd"``); parameters are sharded, not contiguous, or not on a
+                GPU; the anchor is not beside them in memory; or a graph is being captured already.
+
+        """
+        self._check_ready()
+        plain, pairs, _ = self._divided(self._leaves())
+        beside = self._kept.beside(plain) if isinstance(self._kept, Memory) else None
+        obstacles = {
+            f"{self.method} does not compute the same weighted sums each time": not find(self.method).orderless,
+            'products of LoRA factors are decomposed on the way (lora="svd")': bool(pairs),
+            'the anchor does not lie beside the parameters; build SFA with anchor="memory"': beside is None,
+        }
+        for obstacle in [obstacle for obstacle, stands in obstacles.items() if stands]:
+            raise MergeError(f"SFA.capture: a CUDA graph cannot hold this merge: {obstacle}")
+        assert beside is not None
+        self._executor(beside, plain, lasting=True).record()
+        self._recorded = True
+        return self
 
     def attach(self, optimizer: torch.optim.Optimizer) -> "SFA":
         """Call `step` after each step of the optimizer, and `include` before it, by hooks; return self.
@@ -447,8 +483,9 @@ class SFA:
         return self._schedule.total_steps
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: not what was prepared for the memory of these very parameters, nor hooks."""
-        return {**self.__dict__, "_prepared": None, "_hooks": [], "_optimizer": None, "_seen": set()}
+        """What is copied and pickled: not what was prepared for the memory of these very parameters, nor hooks and graphs."""
+        prepared = {"_prepared": None, "_repeatable": None, "_recorded": False}
+        return {**self.__dict__, **prepared, "_hooks": [], "_optimizer": None, "_seen": set()}
 
     def __repr__(self) -> str:
         settings = [] if self.method == "sfa" else [f"method={self.method!r}"]
@@ -498,6 +535,7 @@ class SFA:
 
     def _check_ready(self) -> None:
         """Refuse to go on with what the constructor could not refuse."""
+        refuse_in_capture("SFA")
         self._check_anchored()
         if self._refused is not None:
             self._kept.drop()
@@ -534,6 +572,33 @@ class SFA:
     @torch.no_grad()
     def _merge(self, step: int) -> None:
         """Average the parameters with the anchor, in place."""
+        try:
+            merged = self._merged_as_before() or self._merged_anew()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"SFA, step {step}: nothing was merged\n{error}") from None
+        after_write(self._source)
+        self.merges, self.last_merge_step = self.merges + 1, step
+        if self.policy == "rolling":
+            self._roll(merged)
+        if self.optimizer_state == "reset":
+            self._reset(merged)
+
+    def _merged_as_before(self) -> dict[str, Leaf]:
+        """Merge what was merged the last time, by the same launches, if a look at the model finds it as it was; else nothing.
+
+        It finds out in a tenth of the time that it takes to collect the tensors by their names, during which a GPU would wait.
+        """
+        if self._prepared is None or self._repeatable is None:
+            return {}
+        (settings, *_), executor = self._prepared
+        outline, prepared, merged = self._repeatable
+        if executor is not prepared or settings != _plain(self.parameters) or outline != _outline_of(self._source):
+            return {}
+        executor.run()
+        return merged
+
+    def _merged_anew(self) -> dict[str, Leaf]:
+        """Merge what is to be merged now; return it by name."""
         leaves = self._leaves()
         plain, pairs, late = self._divided(leaves)
         if late:
@@ -541,21 +606,17 @@ class SFA:
                 f'SFA: "{late[0]}" was frozen, or not there, when the task began, and has no anchor; call new_task() when '
                 "parameters are unfrozen; or, to go on with the task, include() before the optimizer moves them (attach() does)"
             )
-        try:
-            factors = self._averaged_pairs(pairs, leaves)
-            if plain:
-                self._average(plain)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"SFA, step {step}: nothing was merged\n{error}") from None
+        factors = self._averaged_pairs(pairs, leaves)
+        if plain:
+            self._average(plain)
         for name, values in factors.items():
             leaves[name].copy_(values)
-        after_write(self._source)
-        self.merges, self.last_merge_step = self.merges + 1, step
         merged = {**plain, **{name: leaves[name] for name in factors}}
-        if self.policy == "rolling":
-            self._roll(merged)
-        if self.optimizer_state == "reset":
-            self._reset(merged)
+        self._repeatable = None
+        if self._prepared is not None and not factors and find(self.method).orderless:
+            outline, executor = _outline_of(self._source), self._prepared[1]
+            self._repeatable = (outline, executor, merged) if outline and not executor.shares else None
+        return merged
 
     def _average(self, current: dict[str, Leaf]) -> None:
         """Merge the anchor into these tensors, in place."""
@@ -564,13 +625,24 @@ class SFA:
             return
         beside = self._kept.beside(current)
         if beside is not None:
-            self._executor(beside, current, lasting=True).run()
+            executor = self._executor(beside, current, lasting=True)
+            if self._recorded and not executor.is_recorded:
+                self._record_again(executor)
+            executor.run()
             return
         spoiled = self._spoiled(current)  # in all of them, before any is written
         if spoiled:
             raise NonFiniteError(listing([f'current, tensor "{name}": NaN or Inf' for name in spoiled]))
         for part in self._kept.brought(current, whole=self.parameters.get("scope") == "model"):
             self._executor(part, {name: current[name] for name in part}).run()
+
+    def _record_again(self, executor: Executor) -> None:
+        """Record a merge of other memory, or by other settings, than `capture` did."""
+        try:
+            executor.record()
+        except MergeError as error:
+            self._recorded = False
+            _logger.warning("SFA: merges are not replayed from a CUDA graph any more\n%s", error)
 
     def _executor(self, anchor: Mapping[str, Any], current: dict[str, Leaf], *, lasting: bool = False) -> Executor:
         """Prepare the merge of an anchor into tensors; a ``lasting`` one is kept as long as these stay where they are."""
@@ -800,8 +872,9 @@ class SFA:
         """Name the tensors that hold NaN or Inf, or would in a dtype; none where that is allowed."""
         if self._nonfinite == "allow":
             return []
-        found = [name for name, leaf in leaves.items() if not local_of(leaf).to(dtype or leaf.dtype).isfinite().all()]
-        return agreed(found, leaves.values())
+        finite = [local_of(leaf).to(dtype or leaf.dtype).isfinite().all() for leaf in leaves.values()]
+        flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist() if finite else []  # read all at once
+        return agreed([name for name, flag in zip(leaves, flags, strict=True) if not flag], leaves.values())
 
     def _check_match(self, saved: Mapping[str, Any], buffers: str, *, by_dtype: bool = False) -> None:
         """Check that a saved anchor is one of this model."""
@@ -843,6 +916,24 @@ class SFA:
         problems = agreed(problems, known.values())
         if problems:
             raise MismatchError(listing([f"SFA: {problem}" for problem in problems]))
+
+
+def _outline_of(source: Source) -> list[Any]:
+    """Return what differs where a model has other tensors than it had, or has them elsewhere, or trains others.
+
+    It is empty for what holds tensors in other ways than a module or a mapping does, or shards them.
+    """
+    tensors: list[torch.Tensor | None] = []
+    if isinstance(source, dict):
+        tensors += source.values()
+    modules = [source] if isinstance(source, torch.nn.Module) else []
+    while modules:
+        module = modules.pop()
+        tensors += [*module._parameters.values(), *module._buffers.values()]
+        modules += [part for part in module._modules.values() if part is not None]
+    if any(map(is_sharded, tensors)):
+        return []
+    return [(id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad) for t in tensors if t is not None]
 
 
 def _check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

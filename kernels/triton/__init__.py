@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 import triton
 
-from mergekit_cl.kernels import BLOCK, Array, Backend, Formula, Keep, MatrixFormula, Slices, Table, TaskVectors
+from mergekit_cl.kernels import BLOCK, Array, Backend, Formula, Keep, MatrixFormula, Selected, Slices, Table, TaskVectors
 from mergekit_cl.kernels import numpy as arrays
-from mergekit_cl.kernels.triton import compiled, formulas, launch, slicing, task_vectors, tiles
+from mergekit_cl.kernels.triton import compiled, formulas, launch, selection, slicing, task_vectors, tiles
 from mergekit_cl.kernels.triton.launch import DTYPES
 from mergekit_cl.kernels.triton.tuning import shape_of
 
@@ -138,19 +138,28 @@ def kept_magnitude(table: Table, keep: Keep, pieces: Array) -> npt.NDArray[np.fl
     return np.asarray(sums.cpu(), np.float64)
 
 
-def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDArray[np.bool_]:
+def task_vector_merge(table: Table, how: TaskVectors, pieces: Array) -> npt.NDArray[np.bool_ | np.int32]:
     """See `mergekit_cl.kernels.Backend.task_vector_merge`."""
-    count = len(table.dtypes) - 2
-    nonfinite = _flags(table)
+    count, flags = len(table.dtypes) - 2, _flags(table)
+    (keep,) = launch.on_device(table, _packed(how.keep, table, count))
+    if how.keep.places is not None:
+        keep, flags = selection.take(how.keep, keep, *launch.on_device(table, how.keep.places))
     # All task vectors of a tile are held: in up to 64 registers of each of 128 threads
     fitting = 32768 // (triton.next_power_of_2(count) * how.scales.dtype.itemsize)
-    shape = shape_of("task_vectors", nonfinite.device)
+    shape = shape_of("task_vectors", flags.device)
     launch.run(
-        task_vectors._task_vector_merge_kernel, max(512, min(shape.tile, fitting)), table, pieces, nonfinite,
-        *launch.on_device(table, _packed(how.keep, table, count), how.scales, how.votes, how.shares, how.factors),
+        task_vectors._task_vector_merge_kernel, max(512, min(shape.tile, fitting)), table, pieces, flags, keep,
+        *launch.on_device(table, how.scales, how.votes, how.shares, how.factors),
         warps=shape.warps, KEEP=how.keep.kind, ELECT=how.elect, COMBINE=how.combine,
     )  # fmt: skip
-    return np.asarray(nonfinite.cpu(), np.bool_)
+    return np.asarray(flags.cpu(), np.bool_ if how.keep.places is None else np.int32)
+
+
+def select_magnitudes(
+    tables: Sequence[Table], numbers: Sequence[npt.NDArray[np.intp]], ranks: npt.NDArray[np.int64]
+) -> Selected:
+    """See `mergekit_cl.kernels.SelectingBackend.select_magnitudes`."""
+    return selection.select(tables, numbers, ranks)
 
 
 def elementwise(table: Table, formula: Formula, pieces: Array) -> npt.NDArray[np.bool_]:

@@ -122,6 +122,8 @@ def _task_vector_merge_kernel(
 ):  # fmt: skip
     spans_ptr, row, start, stop, aligned = _locate(pieces_ptr, piece_of_ptr, len(DTYPES), BLOCK)
     first = row * (len(DTYPES) - 2)
+    if KEEP == "magnitude":  # nothing is written where a cut has not been found (`MISSED`)
+        stop = tl.where((tl.load(nonfinite_ptr + row) & 2) != 0, start, stop)
     if aligned & (start + BLOCK <= stop):
         _task_vector_merge_block(
             spans_ptr, keep_ptr + 5 * first, scales_ptr + first, votes_ptr + first,

@@ -2,7 +2,9 @@
 
 import copy
 import doctest
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,61 @@ def test_every_backend_gives_the_same_bits(backend: str, dtype: torch.dtype, mon
     expected = in_float32(weight, pull.anchor["parameter 0"], 0.3)
     pull.add_gradients()
     assert torch.equal(weight.grad, expected)
+
+
+@pytest.mark.parametrize("mode", ["penalty", "decoupled"])
+def test_a_step_never_waits_for_the_device(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_penalty, "SMALL", 0)
+    models, optimizers = [network(), network()], []
+    models[0][0].to(torch.bfloat16)
+    models[1][0].to(torch.bfloat16)
+    pulls = []
+    for model, backend in zip(models, ("triton", "numpy"), strict=True):
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
+        pulls.append(L2Anchor(model, 0.5, mode=mode, backend=backend).attach(optimizers[-1]))
+    seen: list[str] = []
+
+    def spy(name: str) -> Any:
+        whole = getattr(torch.Tensor, name)
+
+        def spied(*given: Any, **named: Any) -> Any:
+            seen.append(name)
+            return whole(*given, **named)
+
+        return spied
+
+    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, spy(name))
+    for strength in (0.5, 0.5, 0.25):  # which may change from step to step
+        for model, pull, optimizer in zip(models, pulls, optimizers, strict=True):
+            pull.strength = strength
+            with torch.no_grad():
+                for p in model.parameters():
+                    p += 1
+                    p.grad = torch.full_like(p, 0.125)
+            optimizer.step()
+    assert not seen
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(one, network()[2].bias)
+
+
+def test_the_anchor_of_a_captured_step_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else holds the memory that replays read."""
+    _, pull = shifted(3)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    pull.add_gradients()
+    monkeypatch.undo()
+    captured = weakref.ref(pull._held[0].kept[0])
+    pull.new_task()
+    pull.add_gradients()
+    other = weakref.ref(pull._held[0].kept[0])
+    assert copy.deepcopy(pull)._pulls._of_graphs == []
+    pull.new_task()
+    gc.collect()
+    assert captured() is not None
+    assert other() is None
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -565,6 +565,21 @@ def test_what_is_not_finite_never_reaches_the_average(options: dict[str, Any]) -
         assert allowed.average["2.bias"].isinf().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_found_in_every_dtype(dtype: torch.dtype, value: float) -> None:
+    weights = [nn.Parameter(torch.zeros(0, dtype=dtype)), nn.Parameter(torch.ones(3, dtype=dtype))]
+    average = RunningAverage(weights, "uniform")
+    assert average.step()
+    with torch.no_grad():
+        weights[1][1] = value
+    with pytest.raises(
+        NonFiniteError, match=r'RunningAverage, step 2: the average was left alone: "parameter 1" holds NaN or Inf'
+    ):
+        average.step()
+    assert average.average["parameter 1"].tolist() == [1, 1, 1]
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)

@@ -2,6 +2,8 @@
 
 import copy
 import io
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_cl import MergeError, MismatchError, NonFiniteError, merge, methods
 from mergekit_cl.adapters.torch import SFA
@@ -882,3 +885,374 @@ def test_the_state_of_a_parameter_that_shares_its_memory_is_cleared() -> None:
     view.grad = torch.ones(2)
     optimizer.step()
     assert not optimizer.state
+
+
+# A merge that is done again, as it was before
+
+
+def replaced(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
+
+
+def elsewhere(model: nn.Module) -> None:
+    model[0].weight.data = model[0].weight.data + 1
+
+
+def in_another_order(model: nn.Module) -> None:
+    model[0].weight.data = model[0].weight.data.view(4, 8).t()  # the same memory, and the same shape
+
+
+def frozen(model: nn.Module) -> None:
+    model[0].weight.requires_grad_(False)
+
+
+def another_part(model: nn.Module) -> None:
+    model[0] = copy.deepcopy(model[0])
+
+
+@pytest.mark.parametrize("change", [replaced, elsewhere, in_another_order, frozen, another_part])
+def test_what_has_changed_since_the_last_merge_is_seen(change: Any) -> None:
+    model, by_hand = network(), network()
+    sfa, other = SFA(model, beta=0.3, every=1), SFA(by_hand, beta=0.3, every=1)
+    for step in range(4):
+        for each in (model, by_hand):
+            moved(each)
+        other._repeatable = other._prepared = None
+        if step == 2:
+            before = list(model.parameters())
+            kept = [p.data for p in before]
+            values = [p.clone() for p in kept]
+            change(model)
+            change(by_hand)
+        assert sfa.step()
+        assert other.step()
+        assert (sfa._repeatable is not None) == (change is not in_another_order or step < 2)
+        assert equal(weights(model), weights(by_hand))
+    left = [p for p, value in zip(kept, values, strict=True) if torch.equal(p, value)]
+    assert len(left) == {replaced: 1, elsewhere: 1, in_another_order: 0, frozen: 0, another_part: 2}[change]
+
+
+def test_a_merge_that_is_done_again_takes_no_second_look_at_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nn.Parameter(torch.tensor([4.0]))
+    sfa = SFA([weight], beta=0.25, every=1)
+    results = []
+    for step in range(3):
+        if step == 2:
+            monkeypatch.setattr(SFA, "_leaves", None)
+        with torch.no_grad():
+            weight.fill_(8.0)
+        assert sfa.step()
+        results.append(weight.item())
+    assert results == [7.0, 7.0, 7.0]
+    sfa.beta = 0.5
+    with pytest.raises(TypeError):
+        sfa.step()
+
+
+# On a GPU: the device decides, and a CUDA graph holds the merge
+
+
+def mixed() -> nn.Sequential:
+    """Make a model of two dtypes, one of whose tensors has more than one block."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(60, 90), nn.Linear(90, 7).bfloat16())
+
+
+def moved(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.linspace(-1, 1, p.numel()).view(p.shape)
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note down each look of the host at what a tensor of a GPU would hold."""
+    seen: list[str] = []
+
+    def spy(name: str) -> Any:
+        whole = getattr(torch.Tensor, name)
+
+        def spied(*given: Any, **named: Any) -> Any:
+            seen.append(name)
+            return whole(*given, **named)
+
+        return spied
+
+    for name in ("item", "cpu", "tolist", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, spy(name))
+    return seen
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "allow"])
+def test_a_merge_that_the_device_allows_waits_once(nonfinite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, by_hand = mixed(), mixed()
+    sfa = SFA(model, beta=0.3, every=1, nonfinite=nonfinite, backend="triton")
+    other = SFA(by_hand, beta=0.3, every=1, nonfinite=nonfinite, backend="numpy")
+    seen = looks(monkeypatch)
+    for _ in range(2):
+        moved(model)
+        seen.clear()
+        assert sfa.step()
+        assert seen == (["item"] if nonfinite == "error" else [])
+    for _ in range(2):
+        moved(by_hand)
+        assert other.step()
+    assert equal(weights(model), weights(by_hand))
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, [{"filter": "0.", "value": 1.0}, {"value": 0.5}]])
+def test_what_the_device_refuses_is_explained_and_nothing_is_written(beta: Any) -> None:
+    model, by_hand = mixed(), mixed()
+    sfa = SFA(model, beta=beta, every=1, backend="triton")
+    other = SFA(by_hand, beta=beta, every=1, backend="numpy")
+    for merger in ((model, sfa), (by_hand, other)):
+        moved(merger[0])
+        merger[1].step()
+        with torch.no_grad():
+            merger[0][1].bias[3] = float("nan")
+    before = weights(model)
+    refused = 'nothing was merged\ncurrent, tensor "1.bias": 1 NaN$'
+    for merger in ((model, sfa), (by_hand, other)):
+        if beta == 1.0:  # the present weights are not read
+            assert merger[1].step()
+            continue
+        with pytest.raises(NonFiniteError, match=refused):
+            merger[1].step()
+        del before["1.bias"]
+        assert equal(before, weights(merger[0]))
+        before = weights(by_hand)
+    for merger in ((model, sfa), (by_hand, other)):
+        with torch.no_grad():
+            merger[0][1].bias[3] = 3.0e38  # an overflow cannot be ruled out, and there is none
+        assert merger[1].step()
+    assert equal(weights(model), weights(by_hand))
+    assert model[1].bias[3].isfinite()
+
+
+class Recording(TorchDispatchMode):
+    """Stands for `torch.cuda.graph`: notes down what is launched meanwhile, in place of doing it."""
+
+    def __init__(self, graph: "Graph", **options: Any) -> None:
+        super().__init__()
+        assert options["capture_error_mode"] == "thread_local"
+        self.graph = graph
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        assert function in (torch.ops.aten.zero_.default,), f"{function} is no part of a fixed sequence over fixed memory"
+        self.graph.work.append(lambda: function(*given, **(named or {})))
+        return given[0]
+
+    def __enter__(self) -> Any:
+        Graph.recording = self.graph
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        Graph.recording = None
+        super().__exit__(*error)
+
+
+class Graph:
+    """Stands for `torch.cuda.CUDAGraph`."""
+
+    recording: "Graph | None" = None
+    replays = 0
+
+    def __init__(self) -> None:
+        self.work: list[Any] = []
+
+    def replay(self) -> None:
+        Graph.replays += 1
+        for each in self.work:
+            each()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let graphs be recorded without a GPU; list the kernels that are launched, but for those of replays."""
+    from mergekit_cl.kernels.triton import guarded
+    from mergekit_cl.kernels.triton.launch import Launch
+
+    launched: list[str] = []
+    whole = Launch.__call__
+
+    def launch(self: Any, *tensors: torch.Tensor) -> None:
+        if Graph.recording is not None:
+            Graph.recording.work.append(lambda: whole(self, *tensors))
+        else:
+            launched.append(self.kernel.fn.__name__)
+            whole(self, *tensors)
+
+    monkeypatch.setattr(guarded, "RECORDABLE", {"cpu"})
+    monkeypatch.setattr(Launch, "__call__", launch)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    Graph.replays = 0
+    yield launched
+    Graph.recording = None
+
+
+@pytest.mark.parametrize("policy", ["fixed", "rolling"])
+@pytest.mark.parametrize("nonfinite", ["error", "allow"])
+def test_a_captured_merge_is_replayed_with_the_same_bits(policy: Any, nonfinite: Any, launches: list[str]) -> None:
+    model, by_hand = mixed(), mixed()
+    options: dict[str, Any] = {"beta": 0.3, "every": 2, "policy": policy, "nonfinite": nonfinite}
+    sfa, other = SFA(model, backend="triton", **options), SFA(by_hand, backend="numpy", **options)
+    moved(model)
+    before = weights(model)
+    assert sfa.capture() is sfa
+    assert equal(weights(model), before)
+    launches.clear()
+    moved(by_hand)
+    for step in range(1, 7):
+        moved(model)
+        moved(by_hand)
+        assert sfa.step() == other.step() == (step % 2 == 0)
+        assert equal(weights(model), weights(by_hand))
+    assert (launches, Graph.replays) == ([], 3)
+
+
+def test_what_a_replay_refuses_is_explained_and_nothing_is_written(launches: list[str]) -> None:
+    model, by_hand = mixed(), mixed()
+    sfa, other = SFA(model, every=1, backend="triton").capture(), SFA(by_hand, every=1, backend="numpy")
+    for merger in (model, by_hand):
+        moved(merger)
+        with torch.no_grad():
+            merger[0].weight[5, 5] = float("inf")
+    before = weights(model)
+    for merger in (sfa, other):
+        with pytest.raises(NonFiniteError, match=r'step 1: nothing was merged\ncurrent, tensor "0.weight": 1 Inf$'):
+            merger.step()
+    assert equal(weights(model), before)
+    for merger, each in ((model, sfa), (by_hand, other)):
+        with torch.no_grad():
+            merger[0].weight[5, 5] = 1.0
+        assert each.step()
+        with torch.no_grad():
+            merger[0].weight[5, 5] = 3e38  # an overflow cannot be ruled out, and there is none
+        assert each.step()
+    assert equal(weights(model), weights(by_hand))
+    assert model[0].weight[5, 5] > 1e38
+    assert Graph.replays == 3
+
+
+def test_an_anchor_next_to_the_limits_is_checked_by_every_replay(launches: list[str]) -> None:
+    weight = nn.Parameter(torch.tensor([3e38, 1.0]))
+    sfa = SFA([weight], beta=0.5, every=1, backend="triton").capture()
+    with torch.no_grad():
+        weight.copy_(torch.tensor([2e38, 3.0]))
+    assert sfa.step()
+    assert weight.tolist() == torch.tensor([2.5e38, 2.0]).tolist()
+    with torch.no_grad():
+        weight.copy_(torch.tensor([-1.5e38, 3.0]))  # which is far from the limits, but not its difference
+    with pytest.raises(NonFiniteError, match='"parameter 0": finite inputs overflow float32'):
+        sfa.step()
+    assert weight.tolist() == torch.tensor([-1.5e38, 3.0]).tolist()
+    assert Graph.replays == 2
+
+
+def test_a_graph_is_recorded_anew_where_anything_has_changed(launches: list[str]) -> None:
+    model, by_hand = mixed(), mixed()
+    sfa, other = SFA(model, beta=0.3, every=1, backend="triton").capture(), SFA(by_hand, beta=0.3, every=1, backend="numpy")
+    recorded = []
+
+    def merged() -> None:
+        for merger, each in ((model, sfa), (by_hand, other)):
+            moved(merger)
+            assert each.step()
+        assert equal(weights(model), weights(by_hand))
+        recorded.append(getattr(sfa._prepared[1]._guarded, "_graph", None) if sfa._prepared else None)
+
+    merged()
+    merged()
+    sfa.beta = other.beta = 0.75
+    merged()
+    sfa.new_task()
+    other.new_task()
+    merged()
+    model[0].weight.data = model[0].weight.data.clone()
+    merged()
+    sfa.load_state_dict(sfa.state_dict())
+    merged()
+    assert None not in recorded
+    assert recorded[0] is recorded[1]
+    assert len(set(map(id, recorded))) == 5
+    assert Graph.replays == 6
+
+
+def test_a_merge_that_no_graph_can_hold_any_more_is_done_without_one(
+    launches: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = mixed()
+    sfa = SFA(model, every=1, backend="triton").capture()
+    moved(model)
+    state = SFA(mixed(), every=1, method="slerp", t=0.5).state_dict()
+    sfa.load_state_dict(state)
+    assert sfa.step()
+    assert sfa.step()
+    (record,) = caplog.records
+    assert record.message.startswith("SFA: merges are not replayed from a CUDA graph any more\nslerp: a CUDA graph cannot hold")
+    assert Graph.replays == 0
+
+
+def test_copies_and_states_have_no_graph(launches: list[str]) -> None:
+    model = mixed()
+    sfa = SFA(model, every=1, backend="triton")
+    keys = sfa.state_dict().keys()
+    sfa.capture()
+    assert sfa.state_dict().keys() == keys
+    twin, its_sfa = copy.deepcopy((model, sfa))
+    moved(model)
+    moved(twin)
+    assert its_sfa.step()
+    assert Graph.replays == 0
+    assert sfa.step()
+    assert Graph.replays == 1
+    assert equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "slerp", "t": 0.5}, "slerp does not compute the same weighted sums each time"),
+        ({"method": "ties", "density": 0.5}, "ties does not compute the same"),
+        ({"method": "dare_linear", "density": 0.5}, "dare_linear does not compute the same"),
+        ({"method": "magmax"}, "magmax: a CUDA graph cannot hold this merge, but one of weighted sums"),
+        ({"anchor": "anchor.safetensors"}, "the anchor does not lie beside the parameters; build SFA with anchor="),
+        ({"backend": "numpy"}, "sfa: a CUDA graph cannot hold this merge, but one of weighted sums"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(
+    options: dict[str, Any], message: str, launches: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    sfa = SFA(model, every=1, **{"backend": "triton", **options})
+    with pytest.raises(MergeError, match=message):
+        sfa.capture()
+    assert sfa.step()
+    with pytest.raises(MergeError, match="has no anchor yet"):
+        SFA(model, every=1, resume=True, backend="triton").capture()
+
+
+def test_parameters_that_are_not_contiguous_are_copied_and_no_graph_can_hold_that(launches: list[str]) -> None:
+    with pytest.raises(MergeError, match="tensors that are whole, contiguous, and on a GPU"):
+        SFA([nn.Parameter(torch.randn(6, 4)[:, ::2])], every=1, backend="triton").capture()
+
+
+def test_without_a_gpu_there_is_no_graph() -> None:
+    with pytest.raises(MergeError, match="a CUDA graph holds work of a GPU, but the tensors are on cpu; move them to a GPU"):
+        SFA(network(), every=1, backend="triton").capture()
+
+
+def test_steps_inside_a_capture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attached, free = SFA(model, every=1).attach(optimizer), SFA(model, every=1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for count in (free.step, free.finalize, free.capture, optimizer.step):
+        free.step_count = 1
+        with pytest.raises(MergeError, match=r"SFA: a CUDA graph is being captured.*call step\(\) after each replay"):
+            count()
+    assert (attached.step_count, attached.merges, free.merges) == (0, 0, 0)

@@ -1,22 +1,9 @@
-"""Formulas on the Triton backend: in the interpreter and in torch the same bits as NumPy's, and compiled without a GPU.
+"""Formulas on the Triton backend, compiled or interpreted, and in torch: the same bits as NumPy's."""
 
-As in test_triton_compiled.py a fresh process compiles, by running this file as a script: there the interpreter is off.
-"""
-
-import json
-import os
-import re
-import subprocess
-import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
-
-if __name__ != "__main__":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are decorated
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +18,7 @@ import torch
 
 from mergekit_cl.dtypes import compute_dtype, type_of
 from mergekit_cl.formula import Program, ranks, trace
-from mergekit_cl.kernels import BLOCK, Array, Formula, MatrixFormula, Slices, Table
+from mergekit_cl.kernels import BLOCK, Array, Formula, MatrixFormula, Slices, Table, interpreted
 from mergekit_cl.kernels import numpy as oracle
 from mergekit_cl.kernels import triton as backend
 from mergekit_cl.kernels.triton import formulas, tiles
@@ -40,6 +27,16 @@ DTYPES = tuple(type_of)
 B, H, S, D = "bfloat16", "float16", "float32", "float64"
 GUARD = 9
 """Elements in front of and behind each span that nothing may touch."""
+
+pytestmark = pytest.mark.gpu
+
+
+def examples(count: int) -> settings:
+    """Draw so many examples where the profile has 50, and more or fewer where it has."""
+    default = settings.default
+    assert default is not None
+    return settings(max_examples=count * default.max_examples // 50, deadline=None)
+
 
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": np.add,
@@ -140,7 +137,7 @@ class Case:
         return compute_dtype(self.dtypes[:-1])
 
     def open(self) -> tuple[list[list[Array]], Table]:
-        """Make the buffers, the same at each call, and the table over them."""
+        """Make the buffers, the same at each call, and the table over them. All else is NaN."""
         random = np.random.default_rng(self.seed)
         buffers, rows = [], []
         for size, offsets in zip(self.sizes, self.offsets, strict=True):
@@ -156,8 +153,12 @@ class Case:
                 columns.append(column)
             if self.out_is is not None:
                 columns[-1], starts[-1] = columns[self.out_is], starts[self.out_is]
+            else:
+                columns[-1][:] = np.nan
             buffers.append(columns)
             rows.append([column[start : start + size] for column, start in zip(columns, starts, strict=True)])
+            for column, start in zip(columns, starts, strict=True):
+                column[:start] = column[start + size :] = np.nan
         return buffers, Table(rows)
 
     def formula(self, numbers: Any = None, traced: bool = True) -> Formula:
@@ -200,15 +201,6 @@ def assert_same_buffers(found: list[list[Array]], expected: list[list[Array]]) -
             assert_same_bits(column, expected_column)  # the guards, the inputs and what is in no piece too
 
 
-def in_torch(table: Table) -> Table:
-    """Return a table of tensors that share the memory of arrays."""
-    tensors = []
-    for row in table.spans:
-        viewed = [torch.from_numpy(span.view(np.int16) if span.dtype.name == B else span) for span in row]
-        tensors.append([each.view(torch.bfloat16) if each.dtype == torch.int16 else each for each in viewed])
-    return Table(tensors)
-
-
 def without(table: Table) -> Table:
     """Return a table without its output."""
     return Table([row[:-1] for row in table.spans])
@@ -217,49 +209,35 @@ def without(table: Table) -> Table:
 SIZES = st.one_of(st.integers(0, 40), st.sampled_from([511, 512, 1024, 2048, 2049]), st.integers(0, 5000))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(case=cases(SIZES))
-def test_elementwise(case: Case) -> None:
+def test_elementwise(kernels: Any, case: Case) -> None:
     expected, table = case.open()
     flags = oracle.elementwise(table, case.formula(), case.pieces)
     found, table = case.open()
     assert formulas.fits(case.formula().program)
-    np.testing.assert_array_equal(backend.elementwise(table, case.formula(), case.pieces), flags)
+    np.testing.assert_array_equal(kernels.elementwise(table, case.formula(), case.pieces), flags)
     assert_same_buffers(found, expected)
 
 
 @pytest.mark.parametrize("compute", [S, D])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_operation_on_every_pair_of_special_values(name: str, compute: str) -> None:
+def test_every_operation_on_every_pair_of_special_values(kernels: Any, in_torch: Any, name: str, compute: str) -> None:
     left, right = (side.ravel() for side in np.meshgrid(specials(compute), specials(compute)))
     results = []
     formula = bound(Steps(((name, 0, 1),), 1), 1, 2, compute)
-    for module, convert in ((oracle, Table), (backend, Table), (tiles, lambda spans: in_torch(Table(spans)))):
+    for module in (oracle, kernels, in_torch):
         row = [left, right, np.full_like(left, 77)]
-        flags = cast(Any, module).elementwise(convert([row]), formula, Table([row]).whole)
+        flags = module.elementwise(Table([row]), formula, Table([row]).whole)
         results.append((row[-1], flags))
     for found, flags in results[1:]:
         assert_same_bits(found, results[0][0])
         assert flags == results[0][1]
 
 
-def blended(models: Sequence[Any], uniform: Sequence[Any]) -> Any:
-    base, *others = models
-    best = base - base
-    for other, share in zip(others, uniform, strict=False):
-        change = np.where(share < 0.5, other - base, 0.0)
-        best = np.where(np.abs(change) > np.abs(best), change, best)
-    return base + 0.7 * best
-
-
-def averaged(models: Sequence[Any]) -> Any:
-    x, y, z = models
-    return (x * z + 0.25 * y) / np.maximum(np.minimum(z, -y), 1e-8)
-
-
-def rooted(models: Sequence[Any]) -> Any:
-    x, y, z = models
-    return np.copysign(np.sqrt(np.abs(x)), y) * np.sign(z) + np.where(~((x < y) ^ (y >= z)) & (x != z), x, y)
+@pytest.fixture(params=["kernels", "in_torch"])
+def module(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
 
 
 def moved(models: Sequence[Any]) -> Any:
@@ -268,10 +246,9 @@ def moved(models: Sequence[Any]) -> Any:
     return np.where(np.abs(change) > 1, base - change, base + change / 3)
 
 
-@pytest.mark.parametrize("module", [backend, tiles])
 def test_numbers_by_hand(module: Any) -> None:
     spans = [np.array(each, np.float32) for each in ([1, 2, -3], [5, 2, 0], [2, 2, 0], [0, 0, 0])]
-    table = Table([spans]) if module is backend else in_torch(Table([spans]))
+    table = Table([spans])
     assert module.elementwise(table, bound(moved, 1, 3, np.float32), table.whole).tolist() == [False]
     # changes (4 + 1) / 4, which is subtracted; 0; (3 + 3) / 4, which is too
     np.testing.assert_array_equal(spans[-1], np.float32([-0.25, 2, -4.5]))
@@ -280,17 +257,15 @@ def test_numbers_by_hand(module: Any) -> None:
     np.testing.assert_array_equal(spans[-1], [1 + np.float32(1) / 3, 2, -4.5])
 
 
-@pytest.mark.parametrize("module", [backend, tiles])
 @pytest.mark.parametrize(("dtype", "unit"), [(B, 2.0**-7), (H, 2.0**-10)])
 def test_float64_is_rounded_once(module: Any, dtype: str, unit: float) -> None:
     values = 1 + unit * np.array([0.5, 0.5 + 2e-9, 1.5, 1.5 - 2e-9])  # float32 would make all of them ties
     spans = [values, np.zeros(4, type_of[dtype])]
-    table = Table([spans]) if module is backend else in_torch(Table([spans]))
+    table = Table([spans])
     module.elementwise(table, bound(lambda models: -models[0], 1, 1, np.float64), table.whole)
     assert spans[1].astype(float).tolist() == [-1, -1 - unit, -1 - 2 * unit, -1 - unit]
 
 
-@pytest.mark.parametrize("module", [backend, tiles])
 def test_flags(module: Any) -> None:
     size = 2100
     ones = np.ones((7, size), np.float32)
@@ -300,17 +275,16 @@ def test_flags(module: Any) -> None:
     ones[5, 7] = 1e-5
     rows: list[list[Array]] = [[row, np.ones(size, np.float32), np.zeros(size, np.float16)] for row in ones]
     rows[6][1][0] = np.inf  # is not used, but read
-    table = Table(rows) if module is backend else in_torch(Table(rows))
+    table = Table(rows)
     pieces = table.whole
     pieces[2] = 2, 0, 3  # ends in front of what is not finite; a program's last entries would be 1 / 0
     flags = module.elementwise(table, bound(lambda models: 1 / models[0], 7, 2, np.float32), pieces)
     assert flags.tolist() == [False, True, False, True, True, True, True]
 
 
-@pytest.mark.parametrize("module", [backend, tiles])
 def test_what_is_overwritten_was_checked_first(module: Any) -> None:
     span = np.array([1, np.inf], np.float32)
-    table = Table([[span, span]]) if module is backend else in_torch(Table([[span, span]]))
+    table = Table([[span, span]])
     assert module.elementwise(table, bound(lambda models: 1 / models[0], 1, 1, np.float32), table.whole).tolist() == [True]
     assert span.tolist() == [1, 0]
 
@@ -320,7 +294,7 @@ def counted(models: Sequence[Any], uniform: Sequence[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtypes", [(B, B, B), (S, H), (D, B)])
-def test_sum_of(dtypes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sum_of(kernels: Any, in_torch: Any, dtypes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for each in (backend, oracle.formulas, tiles):  # a block of 65,536 takes the interpreter seconds
         monkeypatch.setattr(each, "BLOCK", 4096)
     random = np.random.default_rng(3)
@@ -329,12 +303,12 @@ def test_sum_of(dtypes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Non
     table = Table([[random.integers(-8, 9, size).astype(type_of[dtype]) for dtype in dtypes] for size in sizes])
     formula = bound(counted, 2, len(dtypes), table.compute, uniform=2)
     expected = oracle.sum_of(table, formula, None, pieces)  # exact, in whatever order
-    np.testing.assert_array_equal(backend.sum_of(table, formula, None, pieces), expected)
-    np.testing.assert_array_equal(tiles.sum_of(in_torch(table), formula, None, pieces), expected)
+    np.testing.assert_array_equal(kernels.sum_of(table, formula, None, pieces), expected)
+    np.testing.assert_array_equal(in_torch.sum_of(table, formula, None, pieces), expected)
     assert expected[:, 2].tolist() == [2 * 700, 3001, 4096]  # the constants of the second row are doubled
     assert abs(expected[2, 1] / 4096 - 0.5) < 0.05
     table.spans[0][0][5] = np.nan
-    for found in (backend.sum_of(table, formula, None, pieces), tiles.sum_of(in_torch(table), formula, None, pieces)):
+    for found in (kernels.sum_of(table, formula, None, pieces), in_torch.sum_of(table, formula, None, pieces)):
         expected[2, [0, 2]] = np.nan
         np.testing.assert_array_equal(found, expected)
 
@@ -349,20 +323,20 @@ def patterns(case: Case, wide: bool) -> tuple[Array, Array]:
     return random.choice(values, shape).astype(np.int64), random.integers(0, bits - 8, shape)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(case=cases(SIZES), wide=st.booleans(), bins=st.sampled_from([1, 16, 300]), share=st.integers(1, 2))
-def test_histogram_of(case: Case, wide: bool, bins: int, share: int) -> None:
+def test_histogram_of(kernels: Any, in_torch: Any, case: Case, wide: bool, bins: int, share: int) -> None:
     _, table = case.open()
     table, groups = without(table), np.arange(len(case.pieces)) // share
     low, shift = patterns(case, wide)
     expected = oracle.histogram_of(table, case.formula(), None, low, shift, bins, wide, groups, case.pieces)
-    for module, of in ((backend, table), (tiles, in_torch(table))):
-        found = cast(Any, module).histogram_of(of, case.formula(), None, low, shift, bins, wide, groups, case.pieces)
+    for module in (kernels, in_torch):
+        found = module.histogram_of(table, case.formula(), None, low, shift, bins, wide, groups, case.pieces)
         assert found.dtype == np.int64
         np.testing.assert_array_equal(found, expected)
 
 
-def test_histogram_by_hand() -> None:
+def test_histogram_by_hand(kernels: Any) -> None:
     one = 0x3F800000
     values = np.zeros(4101, np.float32)
     values[[0, 2050, -1]] = 0.5, -0.5, 0.75  # doubled: in the window [1, 2), in two bins
@@ -370,10 +344,10 @@ def test_histogram_by_hand() -> None:
     formula = bound(lambda models: 2 * models[0], 1, 1, np.float32)
     low, shift, group = np.full((1, 1), one), np.full((1, 1), 22), np.zeros(1, np.intp)
     table = Table([[values]])
-    found = backend.histogram_of(table, formula, None, low, shift, 2, False, group, table.whole)
+    found = kernels.histogram_of(table, formula, None, low, shift, 2, False, group, table.whole)
     assert found.tolist() == [[[2, 1, 3, 2]]]
     beyond = bound(lambda models: 1 / models[0], 1, 1, np.float32)  # 1 / 0 behind the end is not counted
-    found = backend.histogram_of(Table([[values[:2]]]), beyond, None, low, shift, 2, False, group, np.array([[0, 0, 2]]))
+    found = kernels.histogram_of(Table([[values[:2]]]), beyond, None, low, shift, 2, False, group, np.array([[0, 0, 2]]))
     assert found.tolist() == [[[1, 0, 1, 0]]]
 
 
@@ -397,9 +371,9 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE", BLOCK)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(sliced=sliced_cases(), tile=st.sampled_from([7, 64, 1000]))
-def test_rows_in_torch(sliced: tuple[Case, Slices, Array | None, bool], tile: int) -> None:
+def test_rows_in_torch(in_torch: Any, sliced: tuple[Case, Slices, Array | None, bool], tile: int) -> None:
     case, slices, numbers, traced = sliced
     formula = case.formula(numbers, traced)
     expected, table = case.open()
@@ -407,13 +381,15 @@ def test_rows_in_torch(sliced: tuple[Case, Slices, Array | None, bool], tile: in
     found, table = case.open()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE", tile)
-        np.testing.assert_array_equal(tiles.per_row(in_torch(table), formula, slices, case.pieces), flags)
+        np.testing.assert_array_equal(in_torch.per_row(table, formula, slices, case.pieces), flags)
     assert_same_buffers(found, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(sliced=sliced_cases(outputs=2))
-def test_sums_and_histograms_of_rows_in_torch(sliced: tuple[Case, Slices, Array | None, bool]) -> None:
+def test_sums_and_histograms_of_rows_in_torch(
+    kernels: Any, in_torch: Any, sliced: tuple[Case, Slices, Array | None, bool]
+) -> None:
     case, slices, numbers, traced = sliced
     _, table = case.open()
     table = without(table)
@@ -422,28 +398,28 @@ def test_sums_and_histograms_of_rows_in_torch(sliced: tuple[Case, Slices, Array 
     case.steps = of_integers
     formula = case.formula(numbers, traced)
     expected = oracle.sum_of(table, formula, slices, case.pieces)
-    np.testing.assert_array_equal(tiles.sum_of(in_torch(table), formula, slices, case.pieces), expected)
+    np.testing.assert_array_equal(in_torch.sum_of(table, formula, slices, case.pieces), expected)
     case.steps = Steps(steps.steps, 1)
     formula, (low, shift), groups = case.formula(numbers, traced), patterns(case, False), np.arange(len(case.pieces))
     arguments = formula, slices, low, shift, 16, False, groups, case.pieces
     expected_counts = oracle.histogram_of(table, *arguments)
-    np.testing.assert_array_equal(tiles.histogram_of(in_torch(table), *arguments), expected_counts)
+    np.testing.assert_array_equal(in_torch.histogram_of(table, *arguments), expected_counts)
     # the backend has NumPy do it in the interpreter
-    np.testing.assert_array_equal(backend.sum_of(table, case.formula(numbers), slices, case.pieces)[:, :0], expected[:, :0])
+    np.testing.assert_array_equal(kernels.sum_of(table, case.formula(numbers), slices, case.pieces)[:, :0], expected[:, :0])
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(case=cases(SIZES), out=st.sampled_from(DTYPES))
-def test_functions_that_have_to_be_called(case: Case, out: str) -> None:
+def test_functions_that_have_to_be_called(kernels: Any, in_torch: Any, case: Case, out: str) -> None:
     case.dtypes, case.out_is = (*case.dtypes[:-1], out), None
     formula = case.formula(traced=False)
     expected, table = case.open()
     flags = oracle.elementwise(table, formula, case.pieces)
     found, table = case.open()
-    np.testing.assert_array_equal(tiles.elementwise(in_torch(table), formula, case.pieces), flags)
+    np.testing.assert_array_equal(in_torch.elementwise(table, formula, case.pieces), flags)
     assert_same_buffers(found, expected)
     found, table = case.open()
-    np.testing.assert_array_equal(backend.elementwise(table, formula, case.pieces), flags)
+    np.testing.assert_array_equal(kernels.elementwise(table, formula, case.pieces), flags)
     assert_same_buffers(found, expected)
 
 
@@ -472,7 +448,7 @@ def test_tensors_of_inference_mode_in_torch() -> None:
     assert np.isnan(spans[1].numpy()).all()
 
 
-def test_what_has_a_value_for_a_slice_is_its_own_sum() -> None:
+def test_what_has_a_value_for_a_slice_is_its_own_sum(in_torch: Any) -> None:
     def summed(models: Any, rows: Any) -> Any:
         own = [operation(rows[0], axis=-1, keepdims=True) for operation in (np.sum, np.mean, np.max, np.min)]
         return models[0] + sum(own) + np.sum(rows[0] > 1, axis=-1, keepdims=True) + np.sum(rows[0] > 1, axis=-1, keepdims=True)
@@ -481,9 +457,9 @@ def test_what_has_a_value_for_a_slice_is_its_own_sum() -> None:
     pieces = np.array([[0, 0, 2]])
     for traced in (True, False):
         formula = bound(summed, 1, 1, np.float32, numbers=numbers, traced=traced)
-        for module in (oracle, tiles):
+        for module in (oracle, in_torch):
             table = Table([[np.zeros(6, np.float32), np.zeros(6, np.float32)]])
-            cast(Any, module).per_row(table if module is oracle else in_torch(table), formula, slices, pieces)
+            module.per_row(table, formula, slices, pieces)
             assert table.spans[0][1].tolist() == [4, 4, 4, 10, 10, 10]
 
 
@@ -500,23 +476,24 @@ TRANSCENDENTAL: list[Any] = [np.exp, np.log, np.exp2, np.log2, np.expm1, np.log1
 
 
 @pytest.mark.parametrize("function", TRANSCENDENTAL)
-def test_exp_and_the_like(function: Any) -> None:
+def test_exp_and_the_like(kernels: Any, in_torch: Any, function: Any) -> None:
     values = np.concatenate([np.linspace(-3, 3, 1001), [np.inf, -np.inf, np.nan]]).astype(np.float32)
     table = Table([[values, np.zeros_like(values)]])
     formula = bound(lambda models: function(models[0]), 1, 1, np.float32)
     assert not formulas.fits(formula.program)
-    tiles.elementwise(in_torch(table), formula, table.whole)
+    in_torch.elementwise(table, formula, table.whole)
     with np.errstate(all="ignore"):
         expected = function(values.astype(np.float64))
     np.testing.assert_allclose(table.spans[0][1], expected, rtol=5e-7, atol=1e-7)
-    again = Table([[values, np.zeros_like(values)]])
-    backend.elementwise(again, formula, table.whole)
-    oracle.elementwise(table, formula, table.whole)
-    assert_same_bits(again.spans[0][1], table.spans[0][1])
+    if interpreted():  # it is NumPy then that computes it
+        again = Table([[values, np.zeros_like(values)]])
+        kernels.elementwise(again, formula, table.whole)
+        oracle.elementwise(table, formula, table.whole)
+        assert_same_bits(again.spans[0][1], table.spans[0][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matrices(dtype: str) -> None:
+def test_matrices(kernels: Any, in_torch: Any, dtype: str) -> None:
     random = np.random.default_rng(2)
     rows = [[random.integers(-9, 9, 12).astype(type_of[dtype]) for _ in range(3)] for _ in range(3)]
     rows[2][0][3] = np.inf
@@ -534,16 +511,17 @@ def test_matrices(dtype: str) -> None:
     flags = oracle.per_matrix(expected, [MatrixFormula(call, True, compute, (3, 4), "mine")] * 3, pieces)
     formula = MatrixFormula(product, True, compute, (3, 4), "mine")
     found = Table(rows)
-    assert tiles.per_matrix(in_torch(found), [formula] * 3, pieces).tolist() == flags.tolist() == [False, False, True]
+    assert in_torch.per_matrix(found, [formula] * 3, pieces).tolist() == flags.tolist() == [False, False, True]
     for row, expected_row in zip(found.spans, expected.spans, strict=True):
         for column, expected_column in zip(row, expected_row, strict=True):
             assert_same_bits(column, expected_column)
-    again = Table([[*row[:-1], np.zeros_like(row[-1])] for row in rows])
-    backend.per_matrix(again, [MatrixFormula(call, True, compute, (3, 4), "mine")] * 3, pieces)
-    assert_same_bits(again.spans[0][-1], expected.spans[0][-1])
+    if interpreted():
+        again = Table([[*row[:-1], np.zeros_like(row[-1])] for row in rows])
+        kernels.per_matrix(again, [MatrixFormula(call, True, compute, (3, 4), "mine")] * 3, pieces)
+        assert_same_bits(again.spans[0][-1], expected.spans[0][-1])
 
 
-def test_what_the_kernels_carry_out() -> None:
+def test_what_the_kernels_carry_out(kernels: Any) -> None:
     def program(formula: Any) -> Program:
         traced = trace(formula, [[0, 1]])
         assert traced is not None
@@ -559,12 +537,12 @@ def test_what_the_kernels_carry_out() -> None:
     table = Table([[np.full(5, 2, np.float32), np.ones(5, np.float32), np.zeros(5, np.float32)]])
     added = bound(lambda models: sum((k * models[0] for k in range(200)), models[1]), 1, 2, np.float32)
     assert not formulas.fits(added.program)
-    backend.elementwise(table, added, table.whole)
+    kernels.elementwise(table, added, table.whole)
     assert table.spans[0][-1].tolist() == [1 + 199 * 200] * 5
 
 
 @pytest.mark.parametrize("pieces", [np.zeros((0, 3), np.int64), np.array([[0, 0, 0], [1, 0, 0]])])
-def test_nothing_to_do(pieces: Array) -> None:
+def test_nothing_to_do(kernels: Any, in_torch: Any, pieces: Array) -> None:
     table = Table([[np.ones(3, np.float32)] * 2, [np.ones(0, np.float32)] * 2])
     formula, groups, zero = (
         bound(lambda models: models[0], 2, 2, np.float32),
@@ -572,139 +550,13 @@ def test_nothing_to_do(pieces: Array) -> None:
         np.zeros((2, 1), np.int64),
     )
     slices = Slices(np.array([3, 1]), False)
-    for module, of in ((backend, table), (tiles, in_torch(table))):
-        given: Any = module
-        assert given.elementwise(of, bound(lambda models: models[0], 2, 1, np.float32), pieces).tolist() == [False, False]
-        assert given.per_row(of, bound(lambda models: models[0], 2, 1, np.float32), slices, pieces).tolist() == [False, False]
-        assert given.sum_of(of, formula, None, pieces).shape == (0, 1)
-        assert given.sum_of(of, formula, slices, pieces).shape == (0, 1)
-        assert given.histogram_of(of, formula, None, zero, zero, 4, False, groups, pieces).shape == (len(pieces), 1, 6)
-
-
-TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
-SIZES_OF = {B: 2, H: 2, S: 4, D: 8}
-CASES: list[tuple[str, str, tuple[str, ...], Any, int]] = [
-    ("blended", "elementwise", (B, B, B, B), blended, 3),
-    ("averaged", "elementwise", (S, S, S, S), averaged, 0),
-    ("averaged", "elementwise", (D, D, D, D), averaged, 0),
-    ("rooted", "elementwise", (S, S, S, S), rooted, 0),
-    ("product", "sum_of", (B, B), lambda models: [models[0] * models[1] + models[1], models[0]], 0),
-    ("difference", "histogram_of", (S, S), lambda models: models[0] - 0.3 * models[1], 0),
-]
-"""Formula; kernel; dtypes; the formula; how many uniform numbers it is given."""
-COMPILED = [(case, target) for case in CASES for target in TARGETS if target != "sm_80" or case[0] == "blended"]
-Found = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    folder = tmp_path_factory.mktemp("compiled")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    subprocess.run([sys.executable, "-W", "error", __file__, folder], check=True, env=environment)
-    return cast(Found, json.loads((folder / "found.json").read_text()))
-
-
-def failing(found: Found, backend_: str, passes: Callable[[dict[str, Any]], bool]) -> list[tuple[str, ...]]:
-    chosen = [each for each in found if TARGETS[each["target"]][0] == backend_]
-    assert len(chosen) == sum(TARGETS[target][0] == backend_ for _, target in COMPILED) >= len(CASES)
-    return [(each["name"], *each["dtypes"], each["target"]) for each in chosen if not passes(each)]
-
-
-def test_compiled_aligned_blocks_are_read_and_written_16_bytes_at_a_time(found: Found) -> None:
-    def bytes_of(each: dict[str, Any], threads: int) -> list[int]:
-        sizes = [SIZES_OF[dtype] * each["tile"] // threads for dtype in each["dtypes"]]  # of a column for a thread
-        return [sum(sizes[:-1]), sizes[-1]] if each["kernel"] == "elementwise" else [sum(sizes), 0]
-
-    def wide(each: dict[str, Any]) -> bool:
-        loads, stores = (re.findall(rf"{op}\.global\S*\.(?:v4\.b32|v2\.b64)\s", each["ptx"]) for op in ("ld", "st"))
-        return [16 * len(loads), 16 * len(stores)] == bytes_of(each, 128)
-
-    def wide_amd(each: dict[str, Any]) -> bool:
-        loads, stores = bytes_of(each, 256)
-        return all(
-            size // len(each["dtypes"]) < 8 or re.search(rf"_{op}_dwordx[24]", each["gcn"])
-            for op, size in (("load", loads), ("store", stores))
-        )
-
-    assert not failing(found, "cuda", wide)
-    assert not failing(found, "hip", wide_amd)
-
-
-def test_compiled_registers_do_not_spill(found: Found) -> None:
-    assert not failing(found, "cuda", lambda each: bool(re.search(r"STACK:0 .*LOCAL:0 ", each["dump"])))
-    kept = r"\.private_segment_fixed_size: 0\s(?s:.*)\.vgpr_spill_count: 0\s"
-    assert not failing(found, "hip", lambda each: bool(re.search(kept, each["gcn"])))
-
-
-def test_compiled_products_and_sums_are_not_contracted(found: Found) -> None:
-    assert not failing(found, "cuda", lambda each: not re.search(r"\bfma\.", each["ptx"]))
-    # Quotients and roots are made of fused steps
-    fused = {"averaged", "rooted"}
-    assert not failing(found, "cuda", lambda each: bool(re.search(r"\b[FDH]FMA", each["dump"])) == (each["name"] in fused))
-    contracted = r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_\w*f\d\d"
-    assert not failing(found, "hip", lambda each: bool(re.search(contracted, each["gcn"])) == (each["name"] in fused))
-
-
-def test_compiled_quotients_and_roots_are_rounded_to_nearest_and_nan_wins(found: Found) -> None:
-    def nearest(each: dict[str, Any]) -> bool:
-        letter, count = "f64" if D in each["dtypes"] else "f32", 2 * each["tile"] // 128  # of a thread, in two bodies
-        expected = {}
-        if each["name"] == "averaged":
-            nan = "" if letter == "f64" else ".NaN"
-            expected = {f"div.rn.{letter}": count, f"max{nan}.{letter}": count, f"min{nan}.{letter}": count}
-            if letter == "f64" and len(re.findall(r"setp\.nan\.f64", each["ptx"])) < 2 * count:
-                return False
-        elif each["name"] == "rooted":
-            expected = {f"sqrt.rn.{letter}": count}
-        return Counter(re.findall(r"\b(?:div|rcp|sqrt|rsqrt|max|min)\.[a-zA-Z.]*f\d\d", each["ptx"])) == expected
-
-    def nearest_amd(each: dict[str, Any]) -> bool:
-        count = 2 * each["tile"] // 256
-        gcn, letter = each["gcn"], "f64" if D in each["dtypes"] else "f32"
-        if each["name"] == "averaged":
-            nan = len(re.findall(rf"v_cmp_[ou]_{letter}", gcn))
-            return bool(gcn.count(f"v_div_fixup_{letter}") == count and nan >= 2 * count)
-        steps = re.findall(r"\bv_(?:pk_)?(?:fma|fmac)_f32", gcn)
-        roots = re.findall(r"\bv_(?:sqrt|rsq)_f32", gcn)
-        return len(roots) == (count if each["name"] == "rooted" else 0) and len(steps) >= 2 * len(roots)
-
-    assert not failing(found, "cuda", nearest)
-    assert not failing(found, "hip", nearest_amd)
-
-
-def test_compiled_subnormals_are_not_flushed(found: Found) -> None:
-    assert not failing(found, "cuda", lambda each: "ftz" not in each["ptx"])
-    fused = ("averaged", "rooted")
-    assert not failing(found, "cuda", lambda each: each["name"] in fused or not re.search(r"(?<!\bF2I)\.FTZ", each["dump"]))
-    modes = [".amdhsa_float_denorm_mode_32 3", ".amdhsa_float_denorm_mode_16_64 3"]
-    assert not failing(found, "hip", lambda each: all(mode in each["gcn"] for mode in modes))
-
-
-def compile_all(folder: Path) -> None:
-    """Compile every case for every target, by the launches themselves, and write what came out to ``folder``."""
-    from compiling import compile_instead  # type: ignore[import-not-found]  # beside this file, which is the program
-
-    found: Found = []
-    kernels = [(formulas, name) for name in ("_elementwise_kernel", "_sum_of_kernel", "_histogram_of_kernel")]
-    compile_instead(
-        backend, kernels, found, TARGETS, folder / "cubin",
-        lambda kernel, arguments, options: {"tile": options.get("TILE") or options["BLOCK"]},
-    )  # fmt: skip
-    for (name, kernel, dtypes, function, uniform), target in COMPILED:
-        found.append({"name": name, "kernel": kernel, "dtypes": dtypes, "target": target})
-        table = Table([[torch.zeros(4096, dtype=getattr(torch, dtype)) for dtype in dtypes]])
-        inputs = len(dtypes) - (kernel == "elementwise")
-        formula = bound(function, 1, inputs, compute_dtype(dtypes[:inputs]), uniform=uniform)
-        if kernel == "elementwise":
-            backend.elementwise(table, formula, table.whole)
-        elif kernel == "sum_of":
-            backend.sum_of(table, formula, None, table.whole)
-        else:
-            zero = np.zeros((1, 1), np.int64)
-            backend.histogram_of(table, formula, None, zero, zero, 100, False, np.zeros(1, np.intp), table.whole)
-    (folder / "found.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    compile_all(Path(sys.argv[1]))
+    copied = bound(lambda models: models[0], 2, 1, np.float32)
+    for each in (kernels, in_torch):
+        assert each.elementwise(table, copied, pieces).tolist() == [False, False]
+        assert each.per_row(table, copied, slices, pieces).tolist() == [
+            False,
+            False,
+        ]
+        assert each.sum_of(table, formula, None, pieces).shape == (0, 1)
+        assert each.sum_of(table, formula, slices, pieces).shape == (0, 1)
+        assert each.histogram_of(table, formula, None, zero, zero, 4, False, groups, pieces).shape == (len(pieces), 1, 6)

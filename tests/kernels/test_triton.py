@@ -1,17 +1,13 @@
-"""The Triton backend in Triton's interpreter: the same bits as the NumPy backend."""
-
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are decorated
+"""The Triton backend, compiled where there is a GPU and interpreted elsewhere: the same bits as the NumPy backend."""
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -29,15 +25,26 @@ import triton.language as tl
 
 from mergekit_cl.dtypes import compute_dtype, type_of
 from mergekit_cl.errors import BackendError
-from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors
+from mergekit_cl.kernels import BLOCK, Array, Keep, Slices, Table, TaskVectors, interpreted
 from mergekit_cl.kernels import numpy as oracle
 from mergekit_cl.kernels import triton as backend
 from mergekit_cl.kernels.triton import task_vectors
+from mergekit_cl.windows import Window
 
 TILE = 2048
 DTYPES = tuple(type_of)
 GUARD = 9
 """Elements in front of and behind each span that nothing may touch."""
+
+DEVICE = "cpu" if interpreted() else "cuda"
+pytestmark = pytest.mark.gpu
+
+
+def examples(count: int) -> settings:
+    """Draw so many examples where the profile has 50, and more or fewer where it has."""
+    default = settings.default
+    assert default is not None
+    return settings(max_examples=count * default.max_examples // 50, deadline=None)
 
 
 def specials(dtype: str) -> Array:
@@ -62,7 +69,7 @@ class Case:
     seed: int
 
     def open(self) -> tuple[list[list[Array]], Table, Array]:
-        """Make the buffers, anew and the same at each call, the table over them, and its weights."""
+        """Make the buffers, anew and the same at each call, the table over them, and its weights. All else is NaN."""
         random = np.random.default_rng(self.seed)
         buffers, rows = [], []
         for size, offsets in zip(self.sizes, self.offsets, strict=True):
@@ -71,8 +78,12 @@ class Case:
             starts = [GUARD + offset for offset in offsets]
             if self.out_is is not None:
                 columns[-1], starts[-1] = columns[self.out_is], starts[self.out_is]
+            else:
+                columns[-1][:] = np.nan
             buffers.append(columns)
             rows.append([column[start : start + size] for column, start in zip(columns, starts, strict=True)])
+            for column, start in zip(columns, starts, strict=True):
+                column[:start] = column[start + size :] = np.nan
         table = Table(rows)
         weights = random.choice([1, -1, 0.5, -0.3, 1e-3, 1 / 3, 7.25], (len(rows), len(self.dtypes) - 1 - self.about))
         return buffers, table, weights.astype(table.compute)
@@ -143,34 +154,34 @@ def merged(module: Any, rows: list[list[Array]], weights: Any, about: bool) -> t
     return [row[-1] for row in table.spans], nonfinite.tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(case=cases())
-def test_weighted_sum(case: Case) -> None:
+def test_weighted_sum(kernels: Any, case: Case) -> None:
     expected, table, weights = case.open()
     flags = oracle.weighted_sum(table, weights, case.about, case.pieces)
     found, table, weights = case.open()
-    np.testing.assert_array_equal(backend.weighted_sum(table, weights, case.about, case.pieces), flags)
+    np.testing.assert_array_equal(kernels.weighted_sum(table, weights, case.about, case.pieces), flags)
     for row, expected_row in zip(found, expected, strict=True):
         for column, expected_column in zip(row, expected_row, strict=True):
             assert_same_bits(column, expected_column)  # the guards, the inputs and what is in no piece too
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(case=cases(writes=False))
-def test_largest_magnitude(case: Case) -> None:
+def test_largest_magnitude(kernels: Any, case: Case) -> None:
     _, table, _ = case.open()
-    found = backend.largest_magnitude(table, case.pieces)
+    found = kernels.largest_magnitude(table, case.pieces)
     assert_same_bits(found, oracle.largest_magnitude(table, case.pieces))
 
 
 @pytest.mark.parametrize("about", [True, False])
 @pytest.mark.parametrize("output", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_pair_of_special_values(dtype: str, output: str, about: bool) -> None:
+def test_every_pair_of_special_values(kernels: Any, dtype: str, output: str, about: bool) -> None:
     left, right = (side.ravel() for side in np.meshgrid(specials(dtype), specials(dtype)))
     weights = [[1.0], [-1.0], [0.3], [-1e-30]] if about else [[1, 1], [1, -1], [0.3, 0.7], [-1e-30, 1e-30]]
     rows = [[left, right, np.zeros(len(left), type_of[output])] for _ in weights]
-    found, flags = merged(backend, rows, weights, about)
+    found, flags = merged(kernels, rows, weights, about)
     expected, expected_flags = merged(oracle, rows, weights, about)
     assert flags == expected_flags
     for row, expected_row in zip(found, expected, strict=True):
@@ -179,20 +190,20 @@ def test_every_pair_of_special_values(dtype: str, output: str, about: bool) -> N
 
 @pytest.mark.parametrize("about", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_16_bit_value_comes_back(dtype: str, about: bool) -> None:
+def test_every_16_bit_value_comes_back(kernels: Any, dtype: str, about: bool) -> None:
     values = np.arange(1 << 16).astype(np.uint16).view(type_of[dtype])
     row = [values] * (3 if about else 2)
-    (found,), flags = merged(backend, [row], [[-0.5 if about else 1.0]], about)
+    (found,), flags = merged(kernels, [row], [[-0.5 if about else 1.0]], about)
     assert_same_bits(found, values)
     assert flags == [True]
-    (found,), flags = merged(backend, [[column[:100] for column in row]], [[-0.5 if about else 1.0]], about)
+    (found,), flags = merged(kernels, [[column[:100] for column in row]], [[-0.5 if about else 1.0]], about)
     assert_same_bits(found, values[:100])
     assert flags == [False]
 
 
 @pytest.mark.parametrize("wide", ["float32", "float64"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounds_once_to_nearest_even(dtype: str, wide: str) -> None:
+def test_rounds_once_to_nearest_even(kernels: Any, dtype: str, wide: str) -> None:
     values = np.arange((1 << 16) - 1).astype(np.uint16)
     with np.errstate(all="ignore"):
         low, high = (part.view(type_of[dtype]).astype(np.float64) for part in (values, values + np.uint16(1)))
@@ -200,7 +211,7 @@ def test_rounds_once_to_nearest_even(dtype: str, wide: str) -> None:
         near = np.concatenate([np.nextafter(middle, middle.dtype.type(side)) for side in (-np.inf, np.inf)])
     near, middle = near[np.isfinite(near)], middle[np.isfinite(middle)]
     column = np.concatenate([middle, near])
-    (found,), _ = merged(backend, [[column, np.zeros(len(column), type_of[dtype])]], [[1.0]], about=False)
+    (found,), _ = merged(kernels, [[column, np.zeros(len(column), type_of[dtype])]], [[1.0]], about=False)
     (expected,), _ = merged(oracle, [[column, np.zeros(len(column), type_of[dtype])]], [[1.0]], about=False)
     assert_same_bits(found, expected)
     ties = found[: len(middle)].view(np.uint16)
@@ -209,56 +220,119 @@ def test_rounds_once_to_nearest_even(dtype: str, wide: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_nan_of_any_payload_stays_nan(dtype: str) -> None:
+def test_nan_of_any_payload_stays_nan(kernels: Any, dtype: str) -> None:
     values = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFFC00000], np.uint32).view(np.float32)  # a GPU makes the first
-    (found,), flags = merged(backend, [[values, np.zeros(4, type_of[dtype])]], [[1.0]], about=False)
+    (found,), flags = merged(kernels, [[values, np.zeros(4, type_of[dtype])]], [[1.0]], about=False)
     assert np.isnan(found).all()
     assert flags == [True]
 
 
-def test_numbers_by_hand() -> None:
+def test_numbers_by_hand(kernels: Any) -> None:
     earlier, now = np.array([[1, 2, -0.0], [3, 2, -0.0]], np.float32)
-    (out,), flags = merged(backend, [[now, earlier, now]], [[0.25]], about=True)
+    (out,), flags = merged(kernels, [[now, earlier, now]], [[0.25]], about=True)
     assert_same_bits(out, np.array([2.5, 2, -0.0], np.float32))
-    (out,), _ = merged(backend, [[now, earlier, now]], [[2.0, -1.0]], about=False)
+    (out,), _ = merged(kernels, [[now, earlier, now]], [[2.0, -1.0]], about=False)
     assert_same_bits(out, np.array([5, 2, 0], np.float32))
     assert flags == [False]
 
 
-def test_overflow_of_the_output_is_flagged_in_its_row() -> None:
+def test_overflow_of_the_output_is_flagged_in_its_row(kernels: Any) -> None:
     inputs = np.repeat(np.array([[65519], [65520], [1]], np.float32), 3 * TILE, axis=1)
     inputs[2, -1] = np.nan
     rows: list[list[Array]] = [[span, np.zeros(3 * TILE, np.float16)] for span in inputs]
-    out, flags = merged(backend, rows, [[1.0]] * 3, about=False)
+    out, flags = merged(kernels, rows, [[1.0]] * 3, about=False)
     assert flags == [False, True, True]
     assert (out[0] == 65504).all()
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16",) * 3, ("float32", "float16"), ("float64", "bfloat16", "float32")])
 @pytest.mark.parametrize("about", [True, False])
-def test_gram(dtypes: tuple[str, ...], about: bool) -> None:
+def test_gram(kernels: Any, dtypes: tuple[str, ...], about: bool) -> None:
     random = np.random.default_rng(3)
     sizes = [BLOCK + 3000, 700]
     pieces = np.array([[1, 0, 700], [0, 0, BLOCK + 3000]], np.int64)
     whole = Table([[random.integers(-8, 9, size).astype(type_of[dtype]) for dtype in dtypes] for size in sizes])
     # Sums of small integers are exact, in whatever order
-    found = backend.gram(whole, about, pieces)
+    found = kernels.gram(whole, about, pieces)
     assert len(found) == 3
     np.testing.assert_array_equal(found, oracle.gram(whole, about, pieces))
     lengths = [9000, 10]
     reals = Table([[random.standard_normal(size).astype(type_of[dtype])[1:] for dtype in dtypes] for size in lengths])
-    found, expected = (module.gram(reals, about, reals.whole) for module in (backend, oracle))
+    found, expected = (module.gram(reals, about, reals.whole) for module in (kernels, oracle))
     scale = np.sqrt(expected.diagonal(axis1=1, axis2=2))
     assert (np.abs(found - expected) <= 1e-13 * scale[:, :, None] * scale[:, None, :]).all()
     np.testing.assert_array_equal(found, found.transpose(0, 2, 1))
 
 
+@pytest.mark.parametrize("about", [True, False])
+@pytest.mark.parametrize("columns", [9, 17])
+def test_gram_of_more_columns_than_a_thread_has_sums_for(kernels: Any, columns: int, about: bool) -> None:
+    random = np.random.default_rng(columns)
+    table = Table([[random.integers(-8, 9, size).astype(type_of["bfloat16"]) for _ in range(columns)] for size in (300, 0, 9)])
+    np.testing.assert_array_equal(kernels.gram(table, about, table.whole), oracle.gram(table, about, table.whole))
+
+
+def far(random: np.random.Generator, dtypes: Sequence[str], first: int, count: int) -> tuple[Table, Table]:
+    """Make rows of windows, the same twice, whose tensors would begin so many elements earlier: for NumPy, and the kernels."""
+    arrays = [random.standard_normal(count).astype(type_of[dtype]) for dtype in dtypes]
+    spans: list[list[Any]] = [[Window(array.copy(), first, first + count) for array in arrays] for _ in range(2)]
+    if not interpreted():
+        on_device = [
+            torch.from_numpy(array.view(np.uint8)).to(DEVICE).view(getattr(torch, array.dtype.name)) for array in arrays
+        ]
+        spans[1] = [Window(tensor, first, first + count) for tensor in on_device]
+    return Table([spans[0]]), Table([spans[1]])
+
+
+def of_window(span: Window) -> Array:
+    array: Any = span.array
+    if not interpreted():
+        array = array.view(torch.uint8).cpu().numpy().view(type_of[str(array.dtype).partition(".")[2]])
+    return cast(Array, array)
+
+
+@pytest.mark.parametrize("first", [(1 << 31) - BLOCK, 1 << 34, 5 << 40])
+def test_offsets_have_64_bits(first: int) -> None:
+    # What lies so far behind the beginning of a tensor is there, and has the hashes of its place
+    random, pieces = np.random.default_rng(1), np.array([[0, first, first + 100]])
+    expected, found = far(random, ("bfloat16", "float32", "float32"), first, 100)
+    for module, table in ((oracle, expected), (backend, found)):
+        module.weighted_sum(table, np.array([[0.3]], np.float32), True, pieces)
+    assert_same_bits(of_window(found.spans[0][-1]), expected.spans[0][-1].array)
+    np.testing.assert_array_equal(backend.largest_magnitude(found, pieces), oracle.largest_magnitude(expected, pieces))
+    expected, found = far(random, ("float32", "bfloat16", "float64", "float32"), first, 100)
+    one = np.ones((1, 2))
+    half = Keep("random", np.full((1, 2, 2), 7, np.uint32), np.full((1, 2, 2), 1 << 31), np.zeros((1, 2, 2), np.int64))
+    for module, table in ((oracle, expected), (backend, found)):
+        module.task_vector_merge(table, TaskVectors(half, None, "sum", one, one, one, one[0]), pieces)
+    assert_same_bits(of_window(found.spans[0][-1]), expected.spans[0][-1].array)
+    changed = expected.spans[0][-1].array != expected.spans[0][0].array
+    assert 0.3 < changed.mean() < 0.7
+
+
+@pytest.mark.skipif(interpreted(), reason="needs a GPU with 16 GiB of memory that is free")
+def test_a_tensor_of_more_than_2_to_the_31_elements() -> None:
+    count = (1 << 31) + 5
+    x, y = (torch.empty(count, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    numbers = torch.arange(251, dtype=torch.bfloat16, device=DEVICE)  # exact, and two more of them too
+    for start in range(0, count, 251 << 20):
+        part = slice(start, min(start + (251 << 20), count))
+        x[part] = numbers.repeat(1 << 20)[: part.stop - start]
+        y[part] = x[part] + 2
+    table = Table([[x, y, y]])
+    assert backend.weighted_sum(table, np.array([[0.5]], np.float32), True, table.whole).tolist() == [False]
+    for start in range(0, count, 1 << 28):
+        assert torch.equal(y[start : start + (1 << 28)], x[start : start + (1 << 28)] + 1)
+    last = float(x[-1])
+    assert backend.largest_magnitude(table, np.array([[0, count - 1, count]])).tolist() == [[last, last + 1, last + 1]]
+
+
 @pytest.mark.parametrize("pieces", [np.zeros((0, 3), np.int64), np.array([[0, 2, 2], [1, 0, 0]])])
-def test_nothing_to_do(pieces: Array) -> None:
+def test_nothing_to_do(kernels: Any, pieces: Array) -> None:
     table = Table([[np.ones(3, np.float32)] * 2, [np.ones(0, np.float32)] * 2])
-    assert backend.weighted_sum(table, np.ones((2, 1), np.float32), False, pieces).tolist() == [False, False]
-    assert backend.largest_magnitude(table, pieces).tolist() == [[0, 0], [0, 0]]
-    assert backend.gram(table, False, pieces).shape == (0, 2, 2)
+    assert kernels.weighted_sum(table, np.ones((2, 1), np.float32), False, pieces).tolist() == [False, False]
+    assert kernels.largest_magnitude(table, pieces).tolist() == [[0, 0], [0, 0]]
+    assert kernels.gram(table, False, pieces).shape == (0, 2, 2)
 
 
 @pytest.fixture
@@ -269,6 +343,7 @@ def _restless_threads() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
+@pytest.mark.skipif(not interpreted(), reason="about Triton's interpreter, which has one state for all threads")
 @pytest.mark.usefixtures("_restless_threads")
 def test_threads_may_share_a_table() -> None:
     random = np.random.default_rng(1)
@@ -282,9 +357,10 @@ def test_threads_may_share_a_table() -> None:
         assert_same_bits(row[-1], expected_row)
 
 
-def test_refuses_tensors_that_the_interpreter_cannot_reach() -> None:
-    table = Table([[SimpleNamespace(device="cuda:0", dtype="float32")]])
-    with pytest.raises(BackendError, match="loaded to work on the CPU, but the tensors are on cuda:0"):
+def test_refuses_tensors_that_the_kernels_cannot_reach() -> None:
+    here, there = ("the CPU", "cuda:0") if interpreted() else ("a GPU", "cpu")
+    table = Table([[SimpleNamespace(device=there, dtype="float32")]])
+    with pytest.raises(BackendError, match=f"loaded to work on {here}, but the tensors are on {there}"):
         backend.largest_magnitude(table, np.zeros((0, 3), np.int64))
 
 
@@ -314,21 +390,24 @@ def _hash_kernel(found_ptr: Any, start_ptr: Any, key_ptr: Any, BLOCK: tl.constex
 )
 def test_philox_gives_its_known_answers(counter: str, key: str, words: str) -> None:
     counter_, low_high, expected = (np.array([int(word, 16) for word in text.split()]) for text in (counter, key, words))
-    found = torch.zeros(4, dtype=torch.uint32)
+    found = torch.zeros(4, dtype=torch.uint32, device=DEVICE)
+    given_ = torch.tensor(counter_.astype(np.uint32), device=DEVICE)
     with np.errstate(all="ignore"):
-        _philox_kernel[(1,)](found, torch.tensor(counter_.astype(np.uint32)), low_high.astype(np.uint32).view(np.int64).item())
-    np.testing.assert_array_equal(found.numpy(), expected)
+        _philox_kernel[(1,)](found, given_, low_high.astype(np.uint32).view(np.int64).item())
+    np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("start", [0, 1 << 11, 0xFFFFF << 14, 1 << 34, 5 << 40])
 def test_hashes(start: int) -> None:
     key = np.array([0x9E3779B9, 0xFEDCBA98], np.uint32)
-    found = torch.zeros(TILE, dtype=torch.uint32)
+    found = torch.zeros(TILE, dtype=torch.uint32, device=DEVICE)
     with np.errstate(all="ignore"):
-        _hash_kernel[(1,)](found, torch.tensor([start]), torch.tensor(key.view(np.int64)), BLOCK=TILE)
+        _hash_kernel[(1,)](
+            found, torch.tensor([start], device=DEVICE), torch.tensor(key.view(np.int64), device=DEVICE), BLOCK=TILE
+        )
     counters = np.arange(start // 4, (start + TILE) // 4, dtype=np.uint64)
     words = oracle.philox(counters, *key.astype(np.uint64))
-    np.testing.assert_array_equal(found.numpy(), np.stack(words, axis=1).ravel())
+    np.testing.assert_array_equal(found.cpu().numpy(), np.stack(words, axis=1).ravel())
 
 
 def patterns(table: Table, models: int, wide: bool = False) -> list[Array]:
@@ -374,12 +453,12 @@ def drawn_task_vectors(kinds: tuple[Any, Any, Any], table: Table, compute: np.dt
     return TaskVectors(drawn_keep(keep, table, models, seed), elect, combine, scales, votes, shares, factors)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     case=cases(based=True).filter(lambda case: len(case.dtypes) > 2),
     kinds=st.tuples(*map(st.sampled_from, (KEEPS, ELECTS, COMBINES))),
 )
-def test_task_vector_merge(case: Case, kinds: tuple[Any, Any, Any]) -> None:
+def test_task_vector_merge(kernels: Any, case: Case, kinds: tuple[Any, Any, Any]) -> None:
     expected, table, _ = case.open()
     how = drawn_task_vectors(kinds, table, case.compute, case.seed)
     infinity = np.array(np.inf, case.compute).view(f"i{case.compute.itemsize}")
@@ -389,7 +468,7 @@ def test_task_vector_merge(case: Case, kinds: tuple[Any, Any, Any]) -> None:
     for row, start, stop in case.pieces:
         flags[row] |= overflows[row][start:stop].any()
     found, table, _ = case.open()
-    np.testing.assert_array_equal(backend.task_vector_merge(table, how, case.pieces), flags)
+    np.testing.assert_array_equal(kernels.task_vector_merge(table, how, case.pieces), flags)
     for row, expected_row in zip(found, expected, strict=True):
         for column, expected_column in zip(row, expected_row, strict=True):
             assert_same_bits(column, expected_column)
@@ -397,7 +476,7 @@ def test_task_vector_merge(case: Case, kinds: tuple[Any, Any, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["random", "magnitude"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_what_is_kept(dtype: str, kind: Any) -> None:
+def test_what_is_kept(kernels: Any, dtype: str, kind: Any) -> None:
     keys = np.array([7, 0x80000000], np.uint32)
     index = np.arange(8, dtype=np.uint64)
     hashes = np.stack(oracle.philox(index, *keys.astype(np.uint64)), axis=1).ravel().astype(np.int64)
@@ -414,7 +493,7 @@ def test_what_is_kept(dtype: str, kind: Any) -> None:
     ones = np.ones((len(cuts), 1), dtype)
     table = Table([[np.zeros_like(model), model, np.zeros_like(model)] for _ in cuts])
     how = TaskVectors(keep, None, "sum", ones, ones, ones, ones[:, 0])
-    assert backend.task_vector_merge(table, how, table.whole).all()
+    assert kernels.task_vector_merge(table, how, table.whole).all()
     (t0, t1), (low, high) = (np.moveaxis(each, 2, 0) for each in (thresholds, cuts))
     if kind == "random":
         kept = hashes < t0
@@ -427,7 +506,7 @@ def test_what_is_kept(dtype: str, kind: Any) -> None:
 
 @pytest.mark.parametrize(("elect", "combine"), [*product(ELECTS, COMBINES)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_pair_of_special_values_as_task_vectors(dtype: str, elect: Any, combine: Any) -> None:
+def test_every_pair_of_special_values_as_task_vectors(kernels: Any, dtype: str, elect: Any, combine: Any) -> None:
     left, right = (side.ravel() for side in np.meshgrid(specials(dtype), specials(dtype)))
     inputs = [np.zeros_like(left), left, right], [left, right, left[::-1].copy()]
     compute = compute_dtype([dtype])
@@ -437,7 +516,7 @@ def test_every_pair_of_special_values_as_task_vectors(dtype: str, elect: Any, co
         np.array([1, 0.5], compute),
     )  # fmt: skip
     results = []
-    for module in (backend, oracle):
+    for module in (kernels, oracle):
         table = Table([[*row, np.full_like(left, 77)] for row in inputs])
         results.append((module.task_vector_merge(table, how, table.whole), [row[-1] for row in table.spans]))
     (flags, found), (expected_flags, expected) = results
@@ -460,7 +539,7 @@ def test_every_pair_of_special_values_as_task_vectors(dtype: str, elect: Any, co
         ("unweighted", "max", [-1, -4, 5]),
     ],
 )
-def test_task_vectors_by_hand(elect: Any, combine: Any, changes: list[float]) -> None:
+def test_task_vectors_by_hand(kernels: Any, elect: Any, combine: Any, changes: list[float]) -> None:
     base = np.array([1, 2, -3], np.float32)
     vectors = np.array([[2, 0, 0], [-1, -4, 0], [3, 0, 5]], np.float32)
     row = [base, *(base + vectors), np.zeros(3, np.float32)]
@@ -469,11 +548,11 @@ def test_task_vectors_by_hand(elect: Any, combine: Any, changes: list[float]) ->
         np.array([[1, 8, 1]], np.float32), np.array([[1, 0.5, 0.25]], np.float32), np.array([0.5], np.float32),
     )  # fmt: skip
     table = Table([row])
-    assert backend.task_vector_merge(table, how, table.whole).tolist() == [False]
+    assert kernels.task_vector_merge(table, how, table.whole).tolist() == [False]
     np.testing.assert_array_equal(row[-1], base + np.float32(0.5) * np.array(changes, np.float32))
 
 
-def test_a_difference_that_is_dropped_is_still_checked() -> None:
+def test_a_difference_that_is_dropped_is_still_checked(kernels: Any) -> None:
     base = np.array([1, np.inf, 1], np.float32)
     for model, flag in (([1, np.inf, 2], False), ([1, np.inf, np.inf], True), ([np.nan, np.inf, 1], True)):
         out = np.zeros(3, np.float32)
@@ -483,13 +562,13 @@ def test_a_difference_that_is_dropped_is_still_checked() -> None:
         # the base is infinite itself, which shows in the result: look at the two others
         for at, expected in ((slice(0, 1), flag and bool(np.isnan(model[0]))), (slice(2, 3), flag and model[2] == np.inf)):
             table = Table([[base[at], np.array(model, np.float32)[at], out[at]]])
-            assert backend.task_vector_merge(table, how, table.whole).tolist() == [expected]
+            assert kernels.task_vector_merge(table, how, table.whole).tolist() == [expected]
         assert out.tolist() == [1, 0, 1]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(case=cases(writes=False, based=True).filter(lambda case: len(case.dtypes) > 1), wide=st.booleans(), data=st.data())
-def test_magnitude_histogram(case: Case, wide: bool, data: st.DataObject) -> None:
+def test_magnitude_histogram(kernels: Any, case: Case, wide: bool, data: st.DataObject) -> None:
     _, table, _ = case.open()
     bits = 63 if wide or table.compute == np.float64 else 31
     shape, bins = (len(table.spans), len(table.dtypes) - 1), data.draw(st.sampled_from([1, 16, 300]))
@@ -498,7 +577,7 @@ def test_magnitude_histogram(case: Case, wide: bool, data: st.DataObject) -> Non
     low = np.array([[random.choice(np.append(each, 0)) for each in row] for row in found]) * random.integers(0, 2, shape)
     shift = random.integers(0, bits - 8, shape)
     groups = np.arange(len(case.pieces)) // data.draw(st.integers(1, 2))
-    counts = backend.magnitude_histogram(table, low, shift, bins, wide, groups, case.pieces)
+    counts = kernels.magnitude_histogram(table, low, shift, bins, wide, groups, case.pieces)
     expected = oracle.magnitude_histogram(table, low, shift, bins, wide, groups, case.pieces)
     assert counts.dtype == expected.dtype
     np.testing.assert_array_equal(counts, expected)
@@ -508,7 +587,7 @@ def test_magnitude_histogram(case: Case, wide: bool, data: st.DataObject) -> Non
     np.testing.assert_array_equal(counts[:, :, :-1].sum(axis=2), totals)
 
 
-def test_histogram_by_hand() -> None:
+def test_histogram_by_hand(kernels: Any) -> None:
     one = 0x3F800000
     base = np.zeros(3 * TILE + 5, np.float32)
     model = base.copy()
@@ -516,7 +595,7 @@ def test_histogram_by_hand() -> None:
     model[[1, 2, 3, 4]] = 2, np.inf, np.nan, 0.75
     table = Table([[base, model]])
     low, shift = np.full((1, 1), one), np.full((1, 1), 22)
-    found = backend.magnitude_histogram(table, low, shift, 2, False, np.zeros(1, np.intp), table.whole)
+    found = kernels.magnitude_histogram(table, low, shift, 2, False, np.zeros(1, np.intp), table.whole)
     assert found.tolist() == [[[2, 1, 3, 2]]]
 
 
@@ -529,13 +608,13 @@ def test_histogram_by_hand() -> None:
         (("float64", "bfloat16", "float32"), "magnitude"),
     ],
 )
-def test_kept_magnitude(dtypes: tuple[str, ...], kind: Any) -> None:
+def test_kept_magnitude(kernels: Any, dtypes: tuple[str, ...], kind: Any) -> None:
     random = np.random.default_rng(4)
     sizes = [BLOCK + 3000, 700]
     pieces = np.array([[1, 0, 700], [0, BLOCK, BLOCK + 3000], [0, 0, BLOCK]], np.int64)
     table = Table([[random.integers(-8, 9, size).astype(type_of[dtype]) for dtype in dtypes] for size in sizes])
     keep = drawn_keep(kind, table, len(dtypes) - 1, 5)
-    found = backend.kept_magnitude(table, keep, pieces)
+    found = kernels.kept_magnitude(table, keep, pieces)
     assert found.shape == (3, len(dtypes) - 1, 2)
     np.testing.assert_array_equal(found, oracle.kept_magnitude(table, keep, pieces))  # sums of small integers are exact
     assert ((found[:, :, 1] < found[:, :, 0]) == (kind != "all")).any()
@@ -558,9 +637,9 @@ def sliced_cases(draw: st.DrawFn, writes: bool) -> tuple[Case, Slices]:
     return replace(case, sizes=tuple((counts * lengths).tolist()), pieces=ordered), Slices(lengths, draw(st.booleans()))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(sliced=sliced_cases(writes=True))
-def test_weighted_sum_of_slices(sliced: tuple[Case, Slices]) -> None:
+def test_weighted_sum_of_slices(kernels: Any, sliced: tuple[Case, Slices]) -> None:
     case, slices = sliced
     expected, table, _ = case.open()
     random = np.random.default_rng(case.seed)
@@ -577,20 +656,20 @@ def test_weighted_sum_of_slices(sliced: tuple[Case, Slices]) -> None:
     flags = nonfinite(table, np.hstack([rows, bounds * slices.lengths[rows]]))
     found, table, _ = case.open()
     weights[references >= 0, references[references >= 0]] = np.nan  # does not matter
-    np.testing.assert_array_equal(backend.weighted_sum_of_slices(table, weights, references, slices, case.pieces), flags)
+    np.testing.assert_array_equal(kernels.weighted_sum_of_slices(table, weights, references, slices, case.pieces), flags)
     for row, expected_row in zip(found, expected, strict=True):
         for column, expected_column in zip(row, expected_row, strict=True):
             assert_same_bits(column, expected_column)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_pair_of_special_values_in_slices(dtype: str) -> None:
+def test_every_pair_of_special_values_in_slices(kernels: Any, dtype: str) -> None:
     left, right = (side.ravel() for side in np.meshgrid(specials(dtype), specials(dtype)))
     weights = np.array([[0.3, 1], [0, -1], [-0.5, 0], [9, -0.3], [1e-30, 9], [0, 9]], compute_dtype([dtype]))
     references = np.array([-1, -1, -1, 0, 1, 1])
     slices = Slices(np.full(6, len(left)), False)
     results = []
-    for module in (backend, oracle):
+    for module in (kernels, oracle):
         table = Table([[left, right, np.full_like(left, 77)] for _ in weights])
         pieces = np.array([[row, 0, 1] for row in range(6)])
         flags = module.weighted_sum_of_slices(table, weights, references, slices, pieces)
@@ -602,7 +681,7 @@ def test_every_pair_of_special_values_in_slices(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_slices_by_hand(strided: bool) -> None:
+def test_slices_by_hand(kernels: Any, strided: bool) -> None:
     # Three slices of two: a plain sum; one about the second input, which all share in the last entry; one input alone
     x = np.array([[1, 2], [3, -0.0], [5, 6]], np.float32)
     y = np.array([[10, 20], [1, -0.0], [np.nan, np.inf]], np.float32)
@@ -611,20 +690,20 @@ def test_slices_by_hand(strided: bool) -> None:
     order: Any = "F" if strided else "C"
     table = Table([[x.ravel(order), y.ravel(order), np.zeros(6, np.float32)]])
     slices, pieces = Slices(np.array([2]), strided), np.array([[0, 0, 1], [0, 1, 3]])
-    flags = backend.weighted_sum_of_slices(table, weights, references, slices, pieces)
+    flags = kernels.weighted_sum_of_slices(table, weights, references, slices, pieces)
     assert_same_bits(table.spans[0][-1], expected.ravel(order))
     assert flags.tolist() == [False]
-    gram = backend.gram_of_slices(Table([table.spans[0][:2]]), False, slices, pieces[:1])
+    gram = kernels.gram_of_slices(Table([table.spans[0][:2]]), False, slices, pieces[:1])
     assert gram.tolist() == [[[5, 50], [50, 500]]]
-    about = backend.gram_of_slices(Table([table.spans[0][:2]]), True, slices, pieces)
+    about = kernels.gram_of_slices(Table([table.spans[0][:2]]), True, slices, pieces)
     np.testing.assert_array_equal(about.ravel(), [81 + 324, 4, np.nan])
-    flags = backend.weighted_sum_of_slices(table, weights, np.array([0, 0, 1]), slices, pieces[1:])
+    flags = kernels.weighted_sum_of_slices(table, weights, np.array([0, 0, 1]), slices, pieces[1:])
     assert flags.tolist() == [True]
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(sliced=sliced_cases(writes=False))
-def test_gram_of_slices(sliced: tuple[Case, Slices]) -> None:
+def test_gram_of_slices(kernels: Any, sliced: tuple[Case, Slices]) -> None:
     case, slices = sliced
     about = case.about and len(case.dtypes) > 1
     _, table, _ = case.open()
@@ -633,19 +712,19 @@ def test_gram_of_slices(sliced: tuple[Case, Slices]) -> None:
         for span in row:
             span[:] = random.integers(-8, 9, len(span))  # sums are exact, in whatever order
     np.testing.assert_array_equal(
-        backend.gram_of_slices(table, about, slices, case.pieces), oracle.gram_of_slices(table, about, slices, case.pieces)
+        kernels.gram_of_slices(table, about, slices, case.pieces), oracle.gram_of_slices(table, about, slices, case.pieces)
     )
     for row in table.spans:
         for span in row:
             span[:] = random.standard_normal(len(span))
     whole = np.stack([np.arange(len(table.spans)), np.zeros(len(table.spans), int), slices.counts(table)], axis=1)
-    found, expected = (module.gram_of_slices(table, about, slices, whole) for module in (backend, oracle))
+    found, expected = (module.gram_of_slices(table, about, slices, whole) for module in (kernels, oracle))
     scale = np.sqrt(expected.diagonal(axis1=1, axis2=2))
     assert (np.abs(found - expected) <= 1e-13 * scale[:, :, None] * scale[:, None, :]).all()
     # A slice's sum is the same bits in whatever piece it is
     first = slices.first(table)
     parts = [found[first[row] + start : first[row] + stop] for row, start, stop in case.pieces]
-    again = backend.gram_of_slices(table, about, slices, case.pieces)
+    again = kernels.gram_of_slices(table, about, slices, case.pieces)
     assert again.tobytes() == b"".join(part.tobytes() for part in parts)
 
 
@@ -661,7 +740,7 @@ def test_gram_of_slices(sliced: tuple[Case, Slices]) -> None:
     ],
 )
 def test_alignment_of_slices(
-    monkeypatch: pytest.MonkeyPatch, strided: bool, width: int, offset: int, expected: list[int]
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, strided: bool, width: int, offset: int, expected: list[int]
 ) -> None:
     told: list[Any] = []  # the interpreter would not mind a false promise
     kernel: Any = defaultdict(lambda: lambda *arguments, **_: told.extend(arguments[0][:, 3].tolist()))
@@ -670,32 +749,32 @@ def test_alignment_of_slices(
     begin = -buffer.__array_interface__["data"][0] % 16 // 2 + offset
     span = buffer[begin : begin + 64 * width]
     pieces = np.array([[0, first, first + 1] for first in (0, 1, 4, 8)])
-    backend.gram_of_slices(Table([[span, span]]), False, Slices(np.array([64 if strided else width]), strided), pieces)
+    kernels.gram_of_slices(Table([[span, span]]), False, Slices(np.array([64 if strided else width]), strided), pieces)
     assert told == expected
 
 
-def test_lengths_share_no_launch_that_does_not_fit_them() -> None:
+def test_lengths_share_no_launch_that_does_not_fit_them(kernels: Any) -> None:
     table = Table([[np.ones(size, np.float32), np.full(size, 2, np.float32)] for size in (3, 5000, 40)])
     for strided, lengths in ((False, [1, 5000, 20]), (True, [3, 1, 8])):
         slices = Slices(np.array(lengths), strided)
         pieces = np.array([[row, 0, count] for row, count in enumerate(slices.counts(table))])
-        found = backend.gram_of_slices(table, False, slices, pieces)
+        found = kernels.gram_of_slices(table, False, slices, pieces)
         np.testing.assert_array_equal(found[:, 0, 1], 2 * np.repeat(lengths, slices.counts(table)))
 
 
 @pytest.mark.parametrize("pieces", [np.zeros((0, 3), np.int64), np.array([[0, 1, 1], [1, 0, 0]])])
-def test_nothing_to_do_for_task_vectors_and_slices(pieces: Array) -> None:
+def test_nothing_to_do_for_task_vectors_and_slices(kernels: Any, pieces: Array) -> None:
     table = Table([[np.ones(3, np.float32)] * 3, [np.ones(0, np.float32)] * 3])
     one, zero = np.ones((2, 1), np.float32), np.zeros((2, 2), np.int64)
     keep = Keep("random", np.zeros((2, 2, 2), np.uint32), np.zeros((2, 2, 2), np.int64), np.zeros((2, 2, 2), np.int64))
     alone = Keep("random", *(each[:, :1] for each in (keep.keys, keep.thresholds, keep.cuts)))
     slices = Slices(np.array([3, 1]), False)
     how = TaskVectors(alone, "weighted", "sum", one, one, one, one[:, 0])
-    assert backend.task_vector_merge(table, how, pieces).tolist() == [False, False]
+    assert kernels.task_vector_merge(table, how, pieces).tolist() == [False, False]
     groups = np.arange(len(pieces))
-    assert not backend.magnitude_histogram(table, zero, zero, 4, False, groups, pieces).any()
-    assert backend.magnitude_histogram(table, zero, zero, 4, False, groups, pieces).shape == (len(pieces), 2, 6)
-    assert backend.kept_magnitude(table, keep, pieces).shape == (0, 2, 2)
-    assert backend.gram_of_slices(table, True, slices, pieces).shape == (0, 2, 2)
+    assert not kernels.magnitude_histogram(table, zero, zero, 4, False, groups, pieces).any()
+    assert kernels.magnitude_histogram(table, zero, zero, 4, False, groups, pieces).shape == (len(pieces), 2, 6)
+    assert kernels.kept_magnitude(table, keep, pieces).shape == (0, 2, 2)
+    assert kernels.gram_of_slices(table, True, slices, pieces).shape == (0, 2, 2)
     weights, references = np.ones((1, 2), np.float32), np.zeros(1, np.int64)
-    assert backend.weighted_sum_of_slices(table, weights, references, slices, pieces).tolist() == [False, False]
+    assert kernels.weighted_sum_of_slices(table, weights, references, slices, pieces).tolist() == [False, False]
