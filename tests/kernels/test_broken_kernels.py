@@ -23,8 +23,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     y_ptr,
     out_ptr,
     stop,
-    SIN: tl.constexpr,
-    DTYPES: tl.constexpr,
+    SIN: tl.constexpr,  # noqa: N803
+    DTYPES: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     """Compute ``out = x * y + x / sqrt(y)``, in the wrong way that ``SIN`` names, if any."""
