@@ -71,6 +71,20 @@ def _weighted_sum_kernel(
 
 
 @triton.jit
+def _top(address, start, middle, end, stop, DTYPE: tl.constexpr, TILE: tl.constexpr):
+    """Return the largest magnitude of a span in a block, whose whole tiles end at ``middle``, as the bits of its float64."""
+    most = tl.zeros([TILE], tl.int64 if DTYPE == tl.float64 else tl.int32)
+    for tile in range(start, middle, TILE):
+        most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPE, TILE, True)))
+    for tile in range(middle, end, TILE):
+        most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPE, TILE, False)))
+    top = tl.max(most, axis=0)
+    if top.dtype == tl.int32:
+        top = top.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
+    return top
+
+
+@triton.jit
 def _largest_magnitude_kernel(
     pieces_ptr, piece_of_ptr, largest_ptr, DTYPES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -79,15 +93,7 @@ def _largest_magnitude_kernel(
     middle, end = _parted(start, stop, aligned, BLOCK, TILE)
     row_largest_ptr = largest_ptr + row * len(DTYPES)
     for k in tl.static_range(len(DTYPES)):
-        address = tl.load(spans_ptr + k)
-        most = tl.zeros([TILE], tl.int64 if DTYPES[k] == tl.float64 else tl.int32)
-        for tile in range(start, middle, TILE):
-            most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, True)))
-        for tile in range(middle, end, TILE):
-            most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, False)))
-        top = tl.max(most, axis=0)
-        if top.dtype == tl.int32:
-            top = top.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
+        top = _top(tl.load(spans_ptr + k), start, middle, end, stop, DTYPES[k], TILE)
         # Thousands of programs share a row: look first (past the first-level cache), most have nothing to add
         if top > tl.load(row_largest_ptr + k, cache_modifier=".cg"):
             tl.atomic_max(row_largest_ptr + k, top, sem="relaxed")

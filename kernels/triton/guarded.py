@@ -19,8 +19,8 @@ import triton.language as tl
 from mergekit_cl.errors import BackendError
 from mergekit_cl.kernels import Array, Table
 from mergekit_cl.kernels.triton import launch
-from mergekit_cl.kernels.triton.blocks import _load, _locate, _magnitude, _parted
-from mergekit_cl.kernels.triton.compiled import _weighted_sum_kernel
+from mergekit_cl.kernels.triton.blocks import _locate, _parted
+from mergekit_cl.kernels.triton.compiled import _top, _weighted_sum_kernel
 from mergekit_cl.kernels.triton.tuning import shape_of
 
 RECORDABLE = frozenset({"cuda"})
@@ -38,15 +38,7 @@ def _check_kernel(
     middle, end = _parted(start, stop, aligned, BLOCK, TILE)
     limit = tl.load(limits_ptr + row)
     for k in tl.static_range(len(DTYPES)):
-        address = tl.load(spans_ptr + k)
-        most = tl.zeros([TILE], tl.int64 if DTYPES[k] == tl.float64 else tl.int32)
-        for tile in range(start, middle, TILE):
-            most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, True)))
-        for tile in range(middle, end, TILE):
-            most = tl.maximum(most, _magnitude(_load(address, tile, stop, DTYPES[k], TILE, False)))
-        top = tl.max(most, axis=0)
-        if top.dtype == tl.int32:
-            top = top.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
+        top = _top(tl.load(spans_ptr + k), start, middle, end, stop, DTYPES[k], TILE)
         if top > limit:
             tl.store(refused_ptr, 1)
 
