@@ -22,6 +22,7 @@ lint: $(READY)
 # On a machine with a GPU, with what its Python has: torch, triton, numpy, ml_dtypes, hypothesis, pytest. Nothing is installed,
 # and of this checkout only mergekit_cl can be imported
 test-gpu:
+	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu: torch finds no GPU")'
 	mkdir -p build/importable
 	ln -sfn ../../mergekit_cl build/importable/mergekit_cl
 	PYTHONPATH=build/importable $(PYTHON) -P -m pytest -m gpu -rs -o addopts=--import-mode=importlib -p no:cacheprovider \

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -45,7 +46,14 @@ def main(arguments: list[str]) -> int:
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     rows = json.loads((HERE / "gpu_rows.json").read_text())
+    for glob in options.only:
+        if not any(fnmatch(row["name"], glob) for row in rows):
+            print(f"--only {glob!r}: matches no row of gpu_rows.json; names are such as {rows[0]['name']}", file=sys.stderr)
+            return 2
     rows = [row for row in rows if any(fnmatch(row["name"], glob) for glob in options.only)]
+    if find_spec("torch") is None:
+        print(f"{sys.executable} has no torch; name another with make bench-gpu PYTHON=...", file=sys.stderr)
+        return 2
     with _importable():
         import torch
 

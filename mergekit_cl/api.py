@@ -353,8 +353,8 @@ def _check_device(device: Any, actual: str) -> None:
     """Refuse another device than that of models in memory."""
     if device is not None and str(device) not in (actual, actual.partition(":")[0], "auto"):
         raise MergeError(
-            f'device="{device}": the models are on {actual}, and models in memory are merged where they are; move them there '
-            "first, or pass the path of a new checkpoint as out="
+            f'device="{device}" is for merges into a checkpoint: pass the path of a new one as out=, or leave device away; '
+            f"models in memory (here on {actual}) are merged where they are"
         )
 
 

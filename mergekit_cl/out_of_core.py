@@ -374,6 +374,7 @@ def _merge_held(plan: Plan, stores: Sequence[Task], how: _How, staged: Staged) -
         spans={name: tuple(next(held) for _ in row) for name, row in rows.items()}, outputs=lambda item: outputs[item.name],
     )  # fmt: skip
     executor.run()
+    staged.lanes.settle()
     return results
 
 

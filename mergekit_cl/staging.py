@@ -153,7 +153,7 @@ def find_device(device: Any) -> str:
 
     """
     name = "cpu" if device is None else str(device)
-    if re.fullmatch(r"cpu|auto|cuda(:\d+)?", name) is None:
+    if re.fullmatch(r"cpu|auto|cuda(:(0|[1-9]\d{0,2}))?", name) is None:
         raise MergeError(f'device={name!r}: must be "cpu", "cuda", a GPU with its number such as "cuda:1", or "auto"')
     if name == "auto":
         return _lanes().find_gpu("cuda") if all(map(find_spec, _NEEDS)) and _lanes().has_gpu() else "cpu"
@@ -181,13 +181,15 @@ def staged_for(backend: str, device: str) -> Staged | None:
         BackendError: The backend does not work on that device, or is not installed.
 
     """
+    if backend in ("numpy", "numba"):
+        if device not in ("cpu", "auto"):
+            raise BackendError(f'backend="{backend}" works on the CPU; leave backend or device (--device) away')
+        device = "cpu"
     device = find_device(device)
     if device == "cpu" and backend != "triton":
         if backend != "auto":  # which finds one, and need not import it for a small job
             kernels.load(backend, "cpu")
         return None
-    if backend not in ("auto", "triton"):
-        raise BackendError(f'backend="{backend}" works on the CPU; leave backend or device (--device) away')
     if device == "cpu" and not kernels.interpreted():
         raise BackendError(
             'backend="triton" merges on a GPU; pass device="cuda" (--device cuda), or leave the backend away, or set '

@@ -570,7 +570,9 @@ def test_backends_and_devices_that_go_together(monkeypatch: pytest.MonkeyPatch) 
 def test_models_in_memory_are_merged_where_they_are(tmp_path: Path) -> None:
     tensors = models(2, w=5)
     for each in (tensors, saved(tmp_path, tensors)):
-        with pytest.raises(MergeError, match=r'device="cuda": the models are on cpu, .*move them there first, or pass'):
+        with pytest.raises(
+            MergeError, match=r'device="cuda" is for merges into a checkpoint: pass the path of a new one as out='
+        ):
             merge(each, "linear", device="cuda")
     for device in ("cpu", "auto", None):
         assert merge(tensors, "linear", device=device)["w"].shape == (5,)

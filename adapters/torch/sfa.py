@@ -640,7 +640,7 @@ class SFA:
         """Record a merge of other memory, or by other settings, than `capture` did."""
         try:
             executor.record()
-        except MergeError as error:
+        except (MergeError, RuntimeError) as error:  # PyTorch's own are the latter: another capture is under way, memory
             self._recorded = False
             _logger.warning("SFA: merges are not replayed from a CUDA graph any more\n%s", error)
 

@@ -17,6 +17,7 @@ import torch
 from mergekit_cl.dtypes import type_of
 from mergekit_cl.errors import BackendError, MergeError
 from mergekit_cl.kernels import Array, Span, interpreted
+from mergekit_cl.kernels.triton import launch
 
 
 class Lane:
@@ -91,9 +92,13 @@ class Lanes:
 
     def allocate(self, size: int) -> torch.Tensor:
         """Make memory of the device, uint8 [size], which nothing that was launched before still uses."""
+        self.settle()
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def settle(self) -> None:
+        """Wait for what was launched on the current stream: the lanes' streams do not."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def view(self, memory: torch.Tensor, at: int, length: int, dtype: str) -> Span:
         """View ``length`` elements from byte ``at`` on as a span: a tensor; in the interpreter a NumPy array."""
@@ -122,8 +127,17 @@ class Lanes:
             ) from error
         finally:
             self._idle.clear()
+            launch.forget()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+                _unpin()
+
+
+def _unpin() -> None:
+    """Give pinned memory back that nobody uses, where this PyTorch can."""
+    empty = getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 _INTERPRETED = 4 << 30  # bytes of the CPU's memory that stand for those of a device

@@ -29,10 +29,12 @@ DTYPES: Final = {"bfloat16": tl.uint16, "float16": tl.float16, "float32": tl.flo
 WIDE: Final = 16
 """Bytes of the widest access: the address of a span that is read so is a multiple of it."""
 
-_SMALL = 1 << 22  # bytes of an array up to which its copy on the device is kept
+_SMALL = 1 << 20  # bytes of an array up to which its copy on the device is kept
 _MOST = 256  # tensors that are kept, at most
 _kept: OrderedDict[Hashable, tuple[torch.Tensor, torch.cuda.Event]] = OrderedDict()  # with what another stream has to wait for
 _of_graphs: list[tuple[torch.Tensor, ...]] = []  # what CUDA graphs read that were captured, whose lives nobody knows
+_RESERVED = 1 << 22  # bytes of pinned memory that are there for the captures of graphs
+_reserve: list[torch.Tensor] = []  # what is left of them
 _KEEPING = threading.Lock()
 _LAUNCH = threading.Lock()  # the interpreter keeps its state, such as the program's index, in global variables
 
@@ -166,6 +168,12 @@ def programs_of(pieces: Array, block: int) -> Array:
     return -(-(pieces[:, 2] - pieces[:, 1]) // block)
 
 
+def forget() -> None:
+    """Give the tables back that are kept on devices for later launches."""
+    with _KEEPING:
+        _kept.clear()
+
+
 def _prepare(
     kernel: Any, table: Table, rows: Array, programs: Array, located: Sequence[Array], *, warps: int, fuse: bool,
     **constants: Any,
@@ -226,12 +234,28 @@ def _copied(device: torch.device, array: Array) -> torch.Tensor:
         host = torch.tensor(array)
         if device.type != "cuda":
             return host
-        if _capturing(device):  # then memory cannot be pinned; each replay reads it again
-            _of_graphs.append((host,))
-            return host.to(device, non_blocking=True)
-        return host.pin_memory().to(device, non_blocking=True)
+        pinned = _reserved(host) if _capturing(device) else host.pin_memory()
+        return pinned.to(device, non_blocking=True)
 
     return _found_or_made(device, (array.dtype.str, array.shape, array.tobytes()) if array.nbytes <= _SMALL else None, copy)
+
+
+def _reserved(host: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to pinned memory that was reserved before a capture, where none can be had; a replay reads it again.
+
+    Raises:
+        BackendError: None is left.
+
+    """
+    size = -(-host.nbytes // WIDE) * WIDE
+    if _reserve and _reserve[0].nbytes >= size:
+        view = _reserve[0][: host.nbytes].view(host.dtype).view(host.shape)
+        _reserve[:] = [_reserve[0][size:]]
+        _of_graphs.append((view,))
+        return view.copy_(host)
+    raise BackendError(
+        "a CUDA graph is being captured, and what it launches was never launched before; do one step before that"
+    )
 
 
 def _piece_of(device: torch.device, programs: Array, total: int) -> torch.Tensor:
@@ -265,6 +289,8 @@ def _found_or_made(device: torch.device, key: Hashable, make: Callable[[], torch
             _kept.move_to_end((device, key))
             return tensor
         tensor = make()
+        if not _reserve or _reserve[0].nbytes < _RESERVED // 2:
+            _reserve[:] = [torch.empty(_RESERVED, dtype=torch.uint8, pin_memory=True)]
         if key is not None:
             _kept[device, key] = tensor, stream.record_event()
             if len(_kept) > _MOST:

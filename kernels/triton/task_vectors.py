@@ -111,7 +111,8 @@ def _task_vector_merge_block(
     else:
         tl.store(out_ptr, out, mask=tl.arange(0, BLOCK) < stop - start)
     wide = _widen(out, DTYPES[COUNT + 1]).to(COMPUTE)
-    if tl.max(tl.maximum(largest, _magnitude(wide)), axis=0) >= _infinity(base):
+    # of a block of which nothing is written, this says nothing: the flag of a row that was missed has to stay
+    if (tl.max(tl.maximum(largest, _magnitude(wide)), axis=0) >= _infinity(base)) & (start < stop):
         tl.store(nonfinite_ptr, 1)
 
 

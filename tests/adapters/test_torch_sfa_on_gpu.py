@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("xxhash")
+
 from mergekit_cl import MergeError, NonFiniteError
 from mergekit_cl.adapters.torch import EWC, SFA, L2Anchor, RunningAverage
 from mergekit_cl.kernels import interpreted
