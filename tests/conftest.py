@@ -5,7 +5,7 @@ The kernels are compiled where there is a GPU, and interpreted elsewhere; ``TRIT
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     except BackendError as error:
         if interpreted() or "TRITON_INTERPRET" not in str(error) or item.get_closest_marker("gpu"):
             raise
+        # it runs wherever there is no GPU, as in CI, and what is compiled has the tests that are marked
         pytest.skip("needs Triton's interpreter, but there is a GPU: set TRITON_INTERPRET=1")
 
 
@@ -55,6 +56,31 @@ def _own_registry() -> Iterator[None]:
     yield
     registry._methods.clear()
     registry._methods.update(before)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Return what notes down, from its call on, by which of some methods the host looks at a tensor: on a GPU it waits."""
+
+    def note(*names: str) -> list[str]:
+        import torch
+
+        seen: list[str] = []
+
+        def spy(name: str) -> Callable[..., object]:
+            whole = getattr(torch.Tensor, name)
+
+            def spied(*given: object, **named: object) -> object:
+                seen.append(name)
+                return whole(*given, **named)
+
+            return spied
+
+        for name in names:
+            monkeypatch.setattr(torch.Tensor, name, spy(name))
+        return seen
+
+    return note
 
 
 @pytest.fixture(autouse=True)

@@ -27,32 +27,21 @@ COUNTERS = 1 << 24
 
 def weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> npt.NDArray[np.bool_]:
     """See `mergekit_cl.kernels.Backend.weighted_sum`."""
-    return np.asarray(enqueue_weighted_sum(table, weights, about, pieces).cpu(), np.bool_)
-
-
-def enqueue_weighted_sum(table: Table, weights: Array, about: bool, pieces: Array) -> torch.Tensor:
-    """As `weighted_sum`, without waiting; return its flags, int32 [rows], which are not 0 where a result is not finite."""
-    shape = shape_of("sum", launch.device_of(table))
-    nonfinite = _flags(table)
+    shape, nonfinite = shape_of("sum", launch.device_of(table)), _flags(table)
     launch.prepare(
         compiled._weighted_sum_kernel, shape.tile, table, pieces, anywhere=True, warps=shape.warps, ABOUT=bool(about)
     )(nonfinite, *launch.on_device(table, weights))  # fmt: skip
-    return nonfinite
+    return np.asarray(nonfinite.cpu(), np.bool_)
 
 
 def largest_magnitude(table: Table, pieces: Array) -> npt.NDArray[np.float64]:
     """See `mergekit_cl.kernels.Backend.largest_magnitude`."""
-    return np.asarray(enqueue_largest_magnitude(table, pieces).cpu(), np.int64).view(np.float64)
-
-
-def enqueue_largest_magnitude(table: Table, pieces: Array) -> torch.Tensor:
-    """As `largest_magnitude`, without waiting; return the bits of its float64, int64 [rows, columns]."""
     shape = shape_of("maximum", launch.device_of(table))
     bits = torch.zeros((len(table.spans), len(table.dtypes)), dtype=torch.int64, device=launch.device_of(table))
     launch.prepare(
         compiled._largest_magnitude_kernel, 8 * shape.tile, table, pieces, anywhere=True, warps=shape.warps, TILE=shape.tile
     )(bits)  # fmt: skip
-    return bits
+    return np.asarray(bits.cpu(), np.int64).view(np.float64)
 
 
 def gram(table: Table, about: bool, pieces: Array) -> npt.NDArray[np.float64]:
@@ -170,7 +159,10 @@ def elementwise(table: Table, formula: Formula, pieces: Array) -> npt.NDArray[np
 
 
 def enqueue_elementwise(table: Table, formula: Formula, pieces: Array) -> torch.Tensor:
-    """As `elementwise`, without waiting; return its flags, int32 [rows]. Only for programs that `formulas.fits`."""
+    """As `elementwise`, without waiting; return its flags, int32 [rows], not 0 where something is not finite.
+
+    Only for programs that `formulas.fits`.
+    """
     nonfinite = _flags(table)
     anywhere = formula.keys.shape[1] == 0  # random numbers are made four at a time
     _launch_formula(

@@ -142,7 +142,7 @@ def test_every_backend_gives_the_same_bits(backend: str, dtype: torch.dtype, mon
 
 
 @pytest.mark.parametrize("mode", ["penalty", "decoupled"])
-def test_a_step_never_waits_for_the_device(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_never_waits_for_the_device(mode: str, monkeypatch: pytest.MonkeyPatch, looks: Callable[..., list[str]]) -> None:
     monkeypatch.setattr(_penalty, "SMALL", 0)
     models, optimizers = [network(), network()], []
     models[0][0].to(torch.bfloat16)
@@ -151,19 +151,7 @@ def test_a_step_never_waits_for_the_device(mode: str, monkeypatch: pytest.Monkey
     for model, backend in zip(models, ("triton", "numpy"), strict=True):
         optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
         pulls.append(L2Anchor(model, 0.5, mode=mode, backend=backend).attach(optimizers[-1]))
-    seen: list[str] = []
-
-    def spy(name: str) -> Any:
-        whole = getattr(torch.Tensor, name)
-
-        def spied(*given: Any, **named: Any) -> Any:
-            seen.append(name)
-            return whole(*given, **named)
-
-        return spied
-
-    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__"):
-        monkeypatch.setattr(torch.Tensor, name, spy(name))
+    seen = looks("item", "cpu", "tolist", "numpy", "__bool__", "__float__")
     for strength in (0.5, 0.5, 0.25):  # which may change from step to step
         for model, pull, optimizer in zip(models, pulls, optimizers, strict=True):
             pull.strength = strength

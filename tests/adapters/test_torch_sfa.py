@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -964,30 +964,12 @@ def moved(model: nn.Module) -> None:
             p += torch.linspace(-1, 1, p.numel()).view(p.shape)
 
 
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Note down each look of the host at what a tensor of a GPU would hold."""
-    seen: list[str] = []
-
-    def spy(name: str) -> Any:
-        whole = getattr(torch.Tensor, name)
-
-        def spied(*given: Any, **named: Any) -> Any:
-            seen.append(name)
-            return whole(*given, **named)
-
-        return spied
-
-    for name in ("item", "cpu", "tolist", "__bool__"):
-        monkeypatch.setattr(torch.Tensor, name, spy(name))
-    return seen
-
-
 @pytest.mark.parametrize("nonfinite", ["error", "allow"])
-def test_a_merge_that_the_device_allows_waits_once(nonfinite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_the_device_allows_waits_once(nonfinite: Any, looks: Callable[..., list[str]]) -> None:
     model, by_hand = mixed(), mixed()
     sfa = SFA(model, beta=0.3, every=1, nonfinite=nonfinite, backend="triton")
     other = SFA(by_hand, beta=0.3, every=1, nonfinite=nonfinite, backend="numpy")
-    seen = looks(monkeypatch)
+    seen = looks("item", "cpu", "tolist", "__bool__")
     for _ in range(2):
         moved(model)
         seen.clear()
