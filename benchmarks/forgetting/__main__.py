@@ -6,6 +6,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 if __name__ == "__main__":  # not in the processes that are started from here
-    from forgetting.cli import main
-
+    try:
+        from forgetting.cli import main
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: {error.name} is missing: pip install ".[forgetting]"')
     main()

@@ -31,7 +31,8 @@ def measure(name: str, quick: bool = False) -> dict[str, dict[str, float]]:
     learners = [learner for learner in learners_for(name) if learner.group not in ("bound", "flax")]
     best: dict[str, float] = {}
     with one_thread():
-        for _ in range(1 if quick else ROUNDS):
+        _task(learners[0], sequence, trials(learners[0], sequence.settings)[0])  # the first of a process is slow
+        for _ in range(ROUNDS):
             for learner in learners:
                 values = trials(learner, sequence.settings)[0]
                 seconds = _merge(learner, sequence, values) if learner.merges else _task(learner, sequence, values)

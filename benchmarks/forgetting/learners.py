@@ -96,14 +96,15 @@ def learners_for(sequence: str) -> list[Learner]:
 def trials(learner: Learner, settings: Settings) -> list[Values]:
     """Return the values that a learner may try: as many for each learner, or all that it has if these are fewer.
 
-    First come its own values, the usual ones first, with the usual learning rate; then others, drawn by chance from all
-    combinations, the same each time.
+    From one trial to the next both the learning rate and the learner's own values change, the usual ones first, so that a few
+    trials see each of them; when these pairs come round again, others follow by chance, the same each time.
     """
     own = [dict(zip(learner.space, values, strict=True)) for values in product(*learner.space.values())]
-    usual, *others = ({**learner.fixed, **values, "lr": rate} for rate in settings.rates for values in own)
-    first, rest = [usual, *others[: len(own) - 1]], others[len(own) - 1 :]
-    random.Random(learner.name).shuffle(rest)
-    return [*first, *rest][: settings.trials]
+    pairs = list(product(range(len(own)), range(len(settings.rates))))
+    spread = [(i % len(own), i % len(settings.rates)) for i in range(len(pairs))]
+    random.Random(learner.name).shuffle(pairs)
+    order = list(dict.fromkeys([*spread, *pairs]))[: settings.trials]
+    return [{**learner.fixed, **own[i], "lr": settings.rates[j]} for i, j in order]
 
 
 def cell_of(sequence: str, learner: Learner, values: Values, seed: int, purpose: Any = "final") -> Cell:

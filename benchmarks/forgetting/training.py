@@ -46,7 +46,7 @@ def carry_out(cell: Cell, quick: bool, weights: Path) -> Result:
         - "tuning": ``score``, the mean accuracy on the validation parts after the last task;
         - "final": ``accuracy`` [task, task], in row i after task i, on the test parts; ``loss``, likewise, mean cross-entropies
           in nats; ``start`` [task], accuracies before the first task; ``held``, the bytes kept beside the model and the
-          optimizer during the last task; ``curve``, for the first seed of learners that train: ``steps`` [time], counted over all
+          optimizer during the last task; ``curve``, for the first seed of learners that train: ``steps`` [time], over all
           tasks, ``accuracy`` [time, task], ``merges``, the steps of SFA's merges, and ``starts``, the step before each task.
           What was not measured is None;
         - all: ``seconds``, of training and merging alone, and ``steps``, the optimizer's.

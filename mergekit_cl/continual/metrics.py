@@ -6,8 +6,6 @@ NaN; a metric that needs it is then NaN too. The sources count tasks from 1, the
 other denominators, or another maximum in `forgetting`: compare numbers only where the formulas agree.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -59,6 +57,26 @@ def backward_transfer(matrix: ArrayLike) -> float:
     return float((accuracy[-1] - accuracy.diagonal())[:-1].mean())
 
 
+def forward_transfer(matrix: ArrayLike, start: ArrayLike) -> float:
+    """Return how earlier tasks help later ones before these are learned: ``sum_{j>0} (R[j-1, j] - start[j]) / (T-1)``.
+
+    ``start`` [task] is the accuracy before the first task, with the first weights of the run. Negative where learning the
+    tasks before made a task worse than that. The first task takes no part: nothing came before it.
+    Source: FWT of Lopez-Paz & Ranzato (2017), https://arxiv.org/abs/1706.08840, section 2.
+
+    Raises:
+        MergeError: The matrix has fewer than two tasks, is not square, or not of numbers; ``start`` has not as many numbers.
+
+    >>> forward_transfer([[0.75, 0.5, 0.0], [0.5, 1.0, 0.5], [0.25, 0.5, 1.0]], [0.25, 0.25, 0.25])  # (0.25 + 0.25) / 2
+    0.25
+    """
+    accuracy = _square(matrix, least=2)
+    first = _numbers(start, "accuracies at the start", "a number for each task")
+    if first.shape != (len(accuracy),):
+        raise MergeError(f"accuracies at the start: have the shape {first.shape}, but the matrix has {len(accuracy)} tasks")
+    return float((accuracy.diagonal(1) - first[1:]).mean())
+
+
 def forgetting(matrix: ArrayLike) -> float:
     """Return the mean loss since each task's best: ``sum_{j<T-1} (max_{i<T-1} R[i, j] - R[T-1, j]) / (T-1)``.
 
@@ -78,12 +96,17 @@ def forgetting(matrix: ArrayLike) -> float:
 
 def _square(matrix: ArrayLike, least: int = 1) -> NDArray[np.float64]:
     """Return the matrix in float64; refuse one that is not square, or has fewer than ``least`` tasks."""
-    try:
-        accuracy: NDArray[Any] = np.asarray(matrix, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise MergeError(f"accuracy matrix: {error}; pass numbers, a row and a column for each task") from error
+    accuracy = _numbers(matrix, "accuracy matrix", "a row and a column for each task")
     if accuracy.ndim != 2 or accuracy.shape[0] != accuracy.shape[1]:
         raise MergeError(f"accuracy matrix: has the shape {accuracy.shape}, but needs a row and a column for each task")
     if len(accuracy) < least:
         raise MergeError(f"accuracy matrix: has {len(accuracy)} tasks, but this metric needs at least {least}")
     return accuracy
+
+
+def _numbers(values: ArrayLike, name: str, wanted: str) -> NDArray[np.float64]:
+    try:
+        numbers: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise MergeError(f"{name}: {error}; pass numbers, {wanted}") from error
+    return numbers

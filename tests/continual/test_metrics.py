@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 from mergekit_cl import MergeError
-from mergekit_cl.continual import average_accuracy, backward_transfer, forgetting, learning_accuracy
+from mergekit_cl.continual import average_accuracy, backward_transfer, forgetting, forward_transfer, learning_accuracy
 
 Metric = Callable[[Any], float]
 
 FORGETS = np.array([[8, 1, 3], [6, 9, 2], [4, 8, 7]]) / 16
 GAINS = np.array([[4, 1, 0], [5, 6, 1], [8, 7, 9]]) / 16
-METRICS: list[Metric] = [average_accuracy, learning_accuracy, backward_transfer, forgetting]
+
+
+def forward_transfer_from_nothing(matrix: Any) -> float:
+    return forward_transfer(matrix, np.zeros(len(matrix)))
+
+
+METRICS: list[Metric] = [average_accuracy, learning_accuracy, backward_transfer, forgetting, forward_transfer_from_nothing]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +75,23 @@ def test_refuses_what_is_not_a_square_of_numbers(metric: Metric, matrix: Any) ->
 
 def test_one_task_has_an_average_but_no_transfer() -> None:
     assert average_accuracy([[0.5]]) == learning_accuracy([[0.5]]) == 0.5
-    for metric in (backward_transfer, forgetting):
+    for metric in (backward_transfer, forgetting, forward_transfer_from_nothing):
         with pytest.raises(MergeError, match="needs at least 2"):
             metric([[0.5]])
+
+
+def test_forward_transfer_counts_from_the_start() -> None:
+    """((1 - 2) + (2 - 1)) / 2 and ((1 - 2) + (1 - 4)) / 2 sixteenths: what stands above the diagonal, less the start."""
+    assert forward_transfer(FORGETS, np.array([15, 2, 1]) / 16) == 0
+    assert forward_transfer(GAINS, np.array([15, 2, 4]) / 16) == -2 / 16
+
+
+def test_forward_transfer_needs_no_more_than_one_row_before_each_task() -> None:
+    measured = [[None, 0.5, None], [None, None, 0.75], [None, None, None]]
+    assert forward_transfer(measured, [None, 0.25, 0.25]) == 0.375
+
+
+@pytest.mark.parametrize("start", [0.5, [0.5], [0.5, 0.5, 0.5, 0.5], [[0.5, 0.5, 0.5]], ["a", "b", "c"]])
+def test_forward_transfer_wants_a_start_for_each_task(start: Any) -> None:
+    with pytest.raises(MergeError, match="accuracies at the start"):
+        forward_transfer(FORGETS, start)

@@ -349,8 +349,9 @@ def test_every_learner_may_try_as_much() -> None:
         assert len({str(sorted(values.items())) for values in tried}) == len(tried)
         assert tried[0] == {**learner.fixed, **{name: values[0] for name, values in learner.space.items()}, "lr": RATE}
         assert tried == trials(learner, SETTINGS)
-        usual = tried[: min(own, SETTINGS.trials)]
-        assert all(values["lr"] == RATE for values in usual)
+        assert {values["lr"] for values in tried} == set(SETTINGS.rates)
+        for name, values in learner.space.items():
+            assert {each[name] for each in tried[: len(values)]} == set(values) or len(learner.space) > 1
 
 
 def test_names_of_cells() -> None:
