@@ -101,7 +101,7 @@ def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_files_that_are_linked_exist() -> None:
-    for page in (README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *PAGES.glob("*.md")):
+    for page in (README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "benchmarks/forgetting/README.md", *PAGES.glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

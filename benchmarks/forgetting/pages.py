@@ -135,7 +135,7 @@ def _sequence(result: Result, pictures: dict[str, bytes]) -> str:
     text += f"The first weights are {weights}. What is measured: {sequence['unit']}.\n\n{learners_table(result)}\n"
     text += "The best of a column is bold, apart from bounds.\n\n"
     if table := flax_table(result):
-        text += f"### {sequence['title']}: PyTorch and Flax\n\n{table}\nWith the same values.\n\n"
+        text += f"### {sequence['title']}: PyTorch and Flax\n\n{table}\nBoth with the values chosen for PyTorch.\n\n"
     for name, figure in draw(result).items():
         text += _picture(f"{sequence['name']}-{name}", figure, CAPTIONS[name], pictures)
     return text

@@ -77,7 +77,7 @@ CAPTIONS = {
     "Grey: the task is being trained.",
     "costs": "Average accuracy against what a learner keeps beside model and optimizer, and against the time of a step. "
     "Up and to the left is better.",
-    "beta-p": "Average accuracy of SFA for each beta and p. Beta is the share of the new weights in a merge, "
+    "beta-p": "Average accuracy of SFA for each beta and p. Beta is the share of the weights from before the task in a merge, "
     "p the share of a task's steps between two merges.",
     "front": "Accuracy on tasks just learned against how much is forgotten later. Up and to the left is better; the line joins "
     "the learners that no other one beats in both.",

@@ -1,7 +1,7 @@
 """The numbers of a result file: means over seeds with confidence intervals, and differences between learners.
 
-A metric is in percent or in points, so that 1 is one example in a hundred. Learners are compared on the same seeds: with a seed
-all of them begin with the same weights, so the difference varies less than its two parts do.
+A metric is in percent or in points, so that 1 is one example in a hundred. Learners are compared seed by seed: with a seed all
+of them begin with the same weights.
 """
 
 import math
