@@ -73,12 +73,12 @@ def draw(result: Result) -> dict[str, Figure]:
 CAPTIONS = {
     "matrices": "Accuracy on each task (columns) after training on each task (rows), in %, the mean over seeds; above, the "
     "average of the last row. Of merging, penalties and rehearsal the one with the best average.",
-    "curves": "Accuracy on each task while all of them are learned, with the first seed. Triangles: SFA merges. "
-    "Grey: the task is being trained.",
+    "curves": "Accuracy on each task while all of them are learned, with the first seed; of rehearsal the buffer with the best "
+    "average. Triangles: SFA merges. Grey: the task is being trained.",
     "costs": "Average accuracy against what a learner keeps beside model and optimizer, and against the time of a step. "
     "Up and to the left is better.",
-    "beta-p": "Average accuracy of SFA for each beta and p. Beta is the share of the weights from before the task in a merge, "
-    "p the share of a task's steps between two merges.",
+    "beta-p": "Average accuracy of SFA for each beta and p. Beta is the share of the weights from before the task in a merge, p "
+    "the share of a task's steps between two merges.",
     "front": "Accuracy on tasks just learned against how much is forgotten later. Up and to the left is better; the line joins "
     "the learners that no other one beats in both.",
 }
