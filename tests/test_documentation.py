@@ -101,7 +101,9 @@ def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_files_that_are_linked_exist() -> None:
-    for page in (README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "benchmarks/forgetting/README.md", *PAGES.glob("*.md")):
+    forgetting = ROOT / "benchmarks/forgetting"
+    written = (ROOT / "benchmarks/README.md", forgetting / "README.md", forgetting / "results/report.md")
+    for page in (README, ROOT / "CONTRIBUTING.md", *written, *PAGES.glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

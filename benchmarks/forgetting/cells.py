@@ -20,7 +20,9 @@ VERSION = 1
 
 Fingerprint: TypeAlias = dict[str, Any]
 
-_WHICH_CELLS = {"rates", "trials", "seeds", "betas", "ps", "grid_seeds"}  # which cells there are, not what comes out of one
+_WHICH_CELLS = {"rates", "more_rates", "trials", "seeds", "betas", "ps", "grid_seeds"}
+"""Settings that say which cells there are, not what comes out of one."""
+
 _NAME = re.compile(r"([^/]+)/([^/]+)/([^/]*)/(?:(tuning|weights)-)?seed-(\d+)")
 
 

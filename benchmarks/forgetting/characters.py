@@ -19,9 +19,10 @@ from .sources import archive, members
 LENGTH = 64  # characters that the network sees
 WINDOWS = {"train": 4000, "validation": 500, "test": 800}  # of LENGTH characters, of each task
 SETTINGS = Settings(
-    steps=150,
+    steps=100,
     batch=16,
     rates=(3e-3, 1e-2, 1e-3),
+    more_rates=(5e-3,),
     trials=4,
     betas=(0.25, 0.5, 0.75),
     ps=(0.1, 0.25, 0.5, 1.0),

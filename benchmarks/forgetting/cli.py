@@ -36,7 +36,7 @@ from mergekit_cl.errors import Faults, MergeError, unknown
 from mergekit_cl.execute import processors
 
 from .cells import Cache, Entry, fingerprint_of, named, write_whole
-from .protocol import Cell, Result
+from .protocol import Cell, Result, Values
 from .protocol import Sequence as Tasks
 from .schedule import Estimate, Experiment, Family, Outcome, Plan, carry_out_all, family, guarded, result_file
 
@@ -220,7 +220,8 @@ class _Run:
         except MergeError as error:
             names = [each.name for each in known]
             near = get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
-            message = "\n".join([f"--cell {name}: no cell matches; there are {len(names)}, such as", *near])
+            later = "cells with the chosen values come to be known when all trials of a learner are done"
+            message = "\n".join([f"--cell {name}: no cell matches ({later}); there are {len(names)}, such as", *near])
             raise MergeError(message) from error
         plan = self._plan(sequences[0])
         needed = {each.runs: sorted(plan.trials(each)[0][0]) for each in plan.learners.values()}
@@ -246,8 +247,7 @@ class _Run:
         return Cache(self.out / "cells", fingerprint_of(sequence, self.quick))
 
     def _costs(self, plan: Plan) -> Cache:
-        fingerprint = {**fingerprint_of(plan.sequence, self.quick), "learners": list(plan.learners)}
-        return Cache(self.out / "cells", fingerprint)
+        return Cache(self.out / "cells", {**fingerprint_of(plan.sequence, self.quick), "chosen": _chosen(plan)})
 
     def _plan(self, sequence: Tasks, **more: Any) -> Plan:
         return Plan(sequence, self.experiment, self._cache(sequence), self.out / "weights", **more)
@@ -319,7 +319,9 @@ class _Run:
         with processes(1) as executor:
             for plan, cache, name in missing:
                 self.console.print(f"{plan.sequence.name}: measuring what a step of each learner costs, alone")
-                outcome = executor.submit(guarded, self.experiment.measure, plan.sequence.name, self.quick).result()
+                outcome = executor.submit(
+                    guarded, self.experiment.measure, plan.sequence.name, self.quick, _chosen(plan)
+                ).result()
                 if outcome.error:
                     self._fail(name, outcome)
                 else:
@@ -425,6 +427,12 @@ def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+
+
+def _chosen(plan: Plan) -> dict[str, Values]:
+    """Return the values of each learner that has been tuned."""
+    chosen = {name: plan.chosen(learner) for name, learner in plan.learners.items()}
+    return {name: values for name, values in chosen.items() if values is not None}
 
 
 def _work(carry_out: Callable[[Cell, bool, Path], Any], quick: bool, weights: Path, cell: Cell) -> Any:

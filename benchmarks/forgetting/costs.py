@@ -1,10 +1,11 @@
 """What the learners cost: seconds of a step, and bytes kept, measured side by side in one process."""
 
+from collections.abc import Mapping
 from time import perf_counter
 
 import torch
 
-from .learners import Learner, learners_for, trials
+from .learners import Learner, learners_for
 from .protocol import Sequence, Values
 from .sequences import load
 from .strategies import strategy_of
@@ -13,7 +14,7 @@ from .training import batch_of, copied, draws, merge_models, one_thread, train
 ROUNDS = 3
 
 
-def measure(name: str, quick: bool = False) -> dict[str, dict[str, float]]:
+def measure(name: str, quick: bool, chosen: Mapping[str, Values]) -> dict[str, dict[str, float]]:
     """Time the second task of a sequence for each learner: from its begin to its end, all learners in turn, some rounds.
 
     What a learner does once for a task (the Fisher information of EWC, the merge of finished models) is divided among the steps
@@ -22,19 +23,20 @@ def measure(name: str, quick: bool = False) -> dict[str, dict[str, float]]:
     Args:
         name: Name of the sequence.
         quick: Whether to take its quick version.
+        chosen: The values of each learner that is measured, "sequential" among them.
 
     Returns:
         For each learner ``step``, seconds of wall-clock time for a step, with one thread.
 
     """
     sequence = load(name, quick)
-    learners = [learner for learner in learners_for(name) if learner.group not in ("bound", "flax")]
+    learners = [x for x in learners_for(name) if x.name in chosen and x.group not in ("bound", "flax")]
     best: dict[str, float] = {}
     with one_thread():
-        _task(learners[0], sequence, trials(learners[0], sequence.settings)[0])  # the first of a process is slow
+        _task(learners[0], sequence, chosen[learners[0].name])  # the first of a process is slow
         for _ in range(ROUNDS):
             for learner in learners:
-                values = trials(learner, sequence.settings)[0]
+                values = chosen[learner.name]
                 seconds = _merge(learner, sequence, values) if learner.merges else _task(learner, sequence, values)
                 best[learner.name] = min(seconds, best.get(learner.name, seconds))
     plain = best["sequential"]

@@ -5,6 +5,7 @@ what is tuned with one seed is never tested with another on what it was tuned on
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -19,8 +20,15 @@ from mergekit_cl.errors import MergeError
 from .protocol import Part, Sequence, Settings, Task
 
 TRAIN, VALIDATION, TEST = 350, 50, 100  # of each digit
-CHANGED = Settings(steps=300, batch=64, rates=(1e-3, 3e-4, 3e-3), trials=8)  # where every task has all digits
-SPLIT = Settings(steps=150, batch=64, rates=(1e-3, 3e-4, 3e-3), trials=8)  # where every task has two of them
+CHANGED = Settings(  # where every task has all digits
+    steps=300,
+    batch=64,
+    rates=(1e-3, 3e-4, 3e-3),
+    more_rates=(5e-4, 2e-3, 1e-4, 6e-3, 1e-2),
+    trials=8,
+    grid_seeds=2,
+)
+SPLIT = replace(CHANGED, steps=150)  # where every task has two of them
 QUICK_STEPS = 20
 
 _ABOUT = (

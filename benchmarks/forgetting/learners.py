@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, field
 from itertools import product
+from math import lcm
 from typing import Any, Literal, TypeAlias
 
 from .protocol import Cell, Settings, Values, cell
@@ -11,9 +12,9 @@ Group: TypeAlias = Literal["fine-tuning", "SFA", "merging", "penalty", "rehearsa
 
 BETAS = (0.5, 0.25, 0.75, 0.1)
 SCALES = (0.5, 1.0, 0.3, 0.7)
-ELECTED_SCALES = (1.0, 0.5, 1.5, 2.0)
-DENSITIES = (0.2, 0.5)
-STRENGTHS = (0.1, 0.01, 1.0, 0.001)
+ELECTED_SCALES = (1.0, 0.5, 1.5, 0.3, 2.0)
+DENSITIES = (0.2, 0.5, 0.8)
+STRENGTHS = (0.1, 0.01, 1.0, 0.03, 0.3)
 FISHER_STRENGTHS = (1e3, 1e2, 1e4, 1e5)
 
 
@@ -96,15 +97,21 @@ def learners_for(sequence: str) -> list[Learner]:
 def trials(learner: Learner, settings: Settings) -> list[Values]:
     """Return the values that a learner may try: as many for each learner, or all that it has if these are fewer.
 
-    From one trial to the next both the learning rate and the learner's own values change, the usual ones first, so that a few
-    trials see each of them; when these pairs come round again, others follow by chance, the same each time.
+    From one trial to the next every value changes to the next of its list, the usual one first, so that a few trials see all of
+    them; when these come round again, others follow by chance, the same each time. A learner that has nothing to choose but the
+    learning rate tries more rates.
     """
-    own = [dict(zip(learner.space, values, strict=True)) for values in product(*learner.space.values())]
-    pairs = list(product(range(len(own)), range(len(settings.rates))))
-    spread = [(i % len(own), i % len(settings.rates)) for i in range(len(pairs))]
-    random.Random(learner.name).shuffle(pairs)
-    order = list(dict.fromkeys([*spread, *pairs]))[: settings.trials]
-    return [{**learner.fixed, **own[i], "lr": settings.rates[j]} for i, j in order]
+    rates = settings.rates if learner.space else (*settings.rates, *settings.more_rates)
+    lists = {**learner.space, "lr": rates}
+    sizes = [len(values) for values in lists.values()]
+    spread = [tuple(i % size for size in sizes) for i in range(lcm(*sizes))]
+    others = list(product(*map(range, sizes)))
+    random.Random(learner.name).shuffle(others)
+    order = list(dict.fromkeys([*spread, *others]))[: settings.trials]
+    return [
+        {**learner.fixed, **{name: values[i] for (name, values), i in zip(lists.items(), places, strict=True)}}
+        for places in order
+    ]
 
 
 def cell_of(sequence: str, learner: Learner, values: Values, seed: int, purpose: Any = "final") -> Cell:

@@ -74,11 +74,11 @@ CAPTIONS = {
     "matrices": "Accuracy on each task (columns) after training on each task (rows), in %, the mean over seeds; above, the "
     "average of the last row. Of merging, penalties and rehearsal the one with the best average.",
     "curves": "Accuracy on each task while all of them are learned, with the first seed; of rehearsal the buffer with the best "
-    "average. Triangles: SFA merges. Grey: the task is being trained.",
+    "average. Triangles: SFA has just merged. Grey: the task is being trained.",
     "costs": "Average accuracy against what a learner keeps beside model and optimizer, and against the time of a step. "
     "Up and to the left is better.",
-    "beta-p": "Average accuracy of SFA for each beta and p. Beta is the share of the weights from before the task in a merge, p "
-    "the share of a task's steps between two merges.",
+    "beta-p": "Average accuracy of SFA for each beta and p. Beta is the share of the weights from before the task in a merge, "
+    "p the share of a task's steps between two merges.",
     "front": "Accuracy on tasks just learned against how much is forgotten later. Up and to the left is better; the line joins "
     "the learners that no other one beats in both.",
 }
@@ -221,7 +221,7 @@ def _grid(result: Result) -> Figure | None:
     shade = Normalize(np.nanmin(means), np.nanmax(means))
     panel.imshow(means, norm=shade, cmap="Blues", aspect="auto", origin="lower")
     for (beta, p), interval in intervals.items():
-        half = "" if np.isinf(interval.half) else f"\n± {interval.half:.1f}"
+        half = f"\n± {interval.half:.1f}" if len(values[beta, p]) > 2 else ""  # two seeds say next to nothing of others
         ink = "white" if shade(interval.mean) > 0.6 else "black"
         panel.text(ps.index(p), betas.index(beta), f"{interval.mean:.1f}{half}", ha="center", va="center", color=ink)
     panel.set_xticks(range(len(ps)), [f"{p:g}" for p in ps])

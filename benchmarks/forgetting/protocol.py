@@ -46,7 +46,8 @@ class Task:
 class Settings:
     """How much is trained, and how much is tried, the same for every learner.
 
-    ``steps`` and ``batch`` are those of each task. ``rates`` are the learning rates to choose from, the usual one first.
+    ``steps`` and ``batch`` are those of each task. ``rates`` are the learning rates to choose from, the usual one first;
+    ``more_rates`` are for learners that have nothing else to choose.
     ``trials`` is how many sets of hyper-parameters each learner may try. ``betas`` and ``ps`` span the heat map of SFA, which
     has ``grid_seeds`` seeds. While the first seed trains, ``curve_points`` times in each task, the first ``curve_examples``
     test examples of each task are scored. ``evaluated`` limits the examples of a test or validation part that are scored.
@@ -56,6 +57,7 @@ class Settings:
     batch: int
     rates: tuple[float, ...]
     trials: int
+    more_rates: tuple[float, ...] = ()
     seeds: int = 5
     betas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
     ps: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 1.0)

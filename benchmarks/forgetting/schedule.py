@@ -42,7 +42,7 @@ class Experiment:
     needs: Callable[[Cell], Cell | None]
     weights_of: Callable[[Cell, Path], Path]
     carry_out: Callable[[Cell, bool, Path], Result]
-    measure: Callable[[str, bool], dict[str, dict[str, float]]]
+    measure: Callable[[str, bool, dict[str, Values]], dict[str, dict[str, float]]]
     report: Callable[[list[Result], Path], Iterable[RenderableType]]
 
 

@@ -93,10 +93,21 @@ def sequences_table(results: Sequence[Result]) -> str:
     for result in results:
         sequence, settings = result["sequence"], result["sequence"]["settings"]
         numbers = [f"{sequence['parameters']:,}", f"{len(sequence['tasks'])}", f"{settings['steps']}", f"{settings['batch']}"]
+        scored = "all" if settings["evaluated"] is None else f"{settings['evaluated']}"
         tried = sorted({len(learner["trials"]) for learner in result["learners"].values() if learner["trials"]})
         rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
-        rows.append([sequence["title"], *numbers, rates, " or ".join(map(str, tried)) or ABSENT, f"{settings['seeds']}"])
-    headings = ["parameters trained", "tasks", "steps for each", "batch", "learning rates", "trials of a learner", "seeds"]
+        if settings["more_rates"]:
+            rates += f" (with nothing else to choose also {', '.join(f'{rate:g}' for rate in settings['more_rates'])})"
+        trials = " or ".join(map(str, tried)) or ABSENT
+        rows.append([sequence["title"], *numbers, scored, rates, trials, f"{settings['seeds']}"])
+    headings = [
+        "parameters trained",
+        "tasks",
+        "steps for each",
+        "batch",
+        "examples of a test or validation part that are scored",
+    ]
+    headings += ["learning rates", "trials of a learner", "seeds"]
     return markdown(["sequence", *headings], rows)
 
 

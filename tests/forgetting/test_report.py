@@ -51,7 +51,7 @@ LEARNERS: dict[str, tuple[str, str, float, float, float, float]] = {
 def made_up(name: str = "rotated", tasks: int = 4, seeds: int = 5, kind: str = "domain", title: str = "") -> Result:
     """Make a result file up: earlier tasks are forgotten by a factor for each task since, with noise for each seed."""
     random = np.random.default_rng([tasks, *name.encode()])
-    settings = asdict(Settings(300, 64, (1e-3, 3e-4, 3e-3), 6, seeds))
+    settings = asdict(Settings(300, 64, (1e-3, 3e-4, 3e-3), 6, seeds=seeds))
     common = random.normal(0, 0.01, seeds)  # what a seed is for all learners
     rows, columns = np.indices((tasks, tasks))
 
@@ -366,10 +366,14 @@ def test_heat_map_has_means_of_seeds_and_sequential_beside() -> None:
     result = by_hand(sequential=[0.25, 0.25], sfa=[0.5, 0.5])
     result["grid"] = [
         {"beta": beta, "p": p, "seed": seed, "accuracy": [[0.9, 0.9], [accuracy, accuracy]]}
-        for beta, p, seed, accuracy in [(0.5, 1.0, 0, 0.5), (0.5, 1.0, 1, 0.5), (0.25, 0.5, 0, 0.75)]
+        for beta, p, seed, accuracy in [
+            *((0.5, 1.0, seed, 0.5) for seed in range(3)),
+            (0.25, 0.5, 0, 0.75),
+            (0.25, 0.5, 1, 0.25),
+        ]
     ]
     panel = pictures.draw(result)["beta-p"].axes[0]
-    assert {text.get_position(): text.get_text() for text in panel.texts} == {(1, 1): "50.0\n± 0.0", (0, 0): "75.0"}
+    assert {text.get_position(): text.get_text() for text in panel.texts} == {(1, 1): "50.0\n± 0.0", (0, 0): "50.0"}
     assert "learning rate 0.001" in panel.get_title("left")
     assert panel.get_title("left").endswith("sequential fine-tuning: 25.0")
 
@@ -422,7 +426,7 @@ def test_quick_runs_say_so_loudly(written: Path) -> None:
 def test_report_says_where_and_how_much(written: Path) -> None:
     text = (written / "report.md").read_text()
     assert "- Rotated: made up, 2 cores; Python 3.11.9, PyTorch 2.13.0, mergekit_cl 0.1.0; 2026-01-31.\n" in text
-    assert "| Rotated | 269,322 | 4 | 300 | 64 | 0.001, 0.0003, 0.003 | 6 | 5 |\n" in text
+    assert "| Rotated | 269,322 | 4 | 300 | 64 | all | 0.001, 0.0003, 0.003 | 6 | 5 |\n" in text
 
 
 def test_same_results_give_the_same_files(results: list[Result], written: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def carry_out(of: Any, quick: bool, weights: Path) -> dict[str, Any]:
     return {"accuracy": ACCURACY, "loss": ACCURACY, "start": [0.0, 0.0], "curve": None, "seconds": 1.0, "steps": 10, "held": 8}
 
 
-def measure(name: str, quick: bool) -> dict[str, dict[str, float]]:
+def measure(name: str, quick: bool, chosen: Any) -> dict[str, dict[str, float]]:
     return {"plain": {"step": 0.5}}
 
 

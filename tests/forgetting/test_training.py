@@ -338,20 +338,23 @@ def test_lwf_pulls_towards_what_the_network_said(sequence: Any) -> None:
 
 
 def test_every_learner_may_try_as_much() -> None:
+    settings = replace(SETTINGS, trials=7, more_rates=(0.02, 0.03, 0.04, 0.06))
     for learner in LEARNERS.values():
-        if learner.like:
-            continue
-        tried = trials(learner, SETTINGS)
-        own = 1
-        for values in learner.space.values():
-            own *= len(values)
-        assert len(tried) == min(SETTINGS.trials, 3 * own)
+        tried = trials(learner, settings)
+        assert len(tried) == 7
         assert len({str(sorted(values.items())) for values in tried}) == len(tried)
         assert tried[0] == {**learner.fixed, **{name: values[0] for name, values in learner.space.items()}, "lr": RATE}
-        assert tried == trials(learner, SETTINGS)
-        assert {values["lr"] for values in tried} == set(SETTINGS.rates)
+        assert tried == trials(learner, settings)
         for name, values in learner.space.items():
-            assert {each[name] for each in tried[: len(values)]} == set(values) or len(learner.space) > 1
+            assert [each[name] for each in tried[: len(values)]] == list(values), "a few trials see each value"
+        rates = (*settings.rates, *(() if learner.space else settings.more_rates))
+        assert [each["lr"] for each in tried[:3]] == list(settings.rates)
+        assert {each["lr"] for each in tried} == set(rates)
+        few = replace(settings, trials=1000)
+        combinations = len(rates)
+        for values in learner.space.values():
+            combinations *= len(values)
+        assert len(trials(learner, few)) == combinations
 
 
 def test_names_of_cells() -> None:
@@ -397,7 +400,10 @@ def test_an_unknown_sequence() -> None:
 
 def test_costs_are_of_all_learners_that_train_or_merge(sequence: Any) -> None:
     sequence()
-    measured = costs.measure("small", True)
+    chosen = {x.name: trials(x, SETTINGS)[0] for x in learners_for("small")}
+    measured = costs.measure("small", True, chosen)
     assert list(measured) == [x.name for x in learners_for("small") if x.group not in ("bound", "flax")]
+    few = {name: chosen[name] for name in ("sequential", "l2")}
+    assert list(costs.measure("small", True, few)) == ["sequential", "l2"]
     assert all(cost["step"] > 0 for cost in measured.values())
     assert measured["soup"]["step"] > measured["sequential"]["step"]

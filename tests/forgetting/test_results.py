@@ -1,0 +1,63 @@
+"""The results that are kept in the repository: complete, and what the report beside them says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forgetting import pages
+from forgetting.cells import fingerprint_of
+from forgetting.learners import LEARNERS, learners_for, trials
+from forgetting.sequences import NAMES, load
+
+from mergekit_cl import MergeError
+
+FOLDER = Path(__file__).parents[2] / "benchmarks/forgetting/results"
+RESULTS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+ORDERED = sorted(RESULTS, key=lambda name: NAMES.index(name.partition("@")[0]))
+
+
+def test_every_sequence_is_there_with_every_learner() -> None:
+    assert set(NAMES) <= set(RESULTS)
+    for name, result in RESULTS.items():
+        assert list(result["learners"]) == [learner.name for learner in learners_for(name)]
+        seeds = result["sequence"]["settings"]["seeds"]
+        assert seeds >= 5
+        assert not result["quick"]
+        for learner, found in result["learners"].items():
+            assert len(found["finals"]) == seeds, (name, learner)
+            like = LEARNERS[learner].like or learner
+            best = max(found["trials"], key=lambda trial: trial["score"])
+            assert found["values"] == best["values"] == result["learners"][like]["values"]
+        assert {*result["costs"]} == {x for x in result["learners"] if LEARNERS[x].group not in ("bound", "flax")}
+        assert result["grid"]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_it_is_what_would_be_run_today(name: str) -> None:
+    """Sequences whose texts are not on this machine are compared by what can be compared without them."""
+    result = RESULTS[name]
+    try:
+        sequence = load(name)
+    except MergeError as error:
+        pytest.skip(str(error))
+    settings = json.loads(json.dumps(result["sequence"]["settings"]))
+    assert fingerprint_of(sequence, False)["settings"].items() <= {**settings}.items()
+    assert [task.name for task in sequence.tasks] == result["sequence"]["tasks"]
+    for learner in learners_for(name):
+        tried = [trial["values"] for trial in result["learners"][learner.name]["trials"]]
+        assert tried == trials(LEARNERS[learner.like or learner.name], sequence.settings)
+
+
+def test_the_report_is_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without drawing the pictures again."""
+
+    def picture(name: str, figure: Any, caption: str, pictures: Any) -> str:
+        assert (FOLDER / f"pictures/{name}.png").exists()
+        return f"![{name}](pictures/{name}.png)\n\n*{caption}*\n\n"
+
+    monkeypatch.setattr(pages, "_picture", picture)
+    monkeypatch.setattr(pages, "_page", lambda text, pictures: "")
+    pages.write([RESULTS[name] for name in ORDERED], tmp_path)
+    again = "python benchmarks/forgetting --report-only, then copy results and report"
+    assert (tmp_path / "report.md").read_text() == (FOLDER / "report.md").read_text(), again
