@@ -34,7 +34,7 @@ def measure(name: str, quick: bool, chosen: Mapping[str, Values]) -> dict[str, d
     best: dict[str, float] = {}
     with one_thread():
         _task(learners[0], sequence, chosen[learners[0].name])  # the first of a process is slow
-        for _ in range(ROUNDS):
+        for _ in range(1 if quick else ROUNDS):
             for learner in learners:
                 values = chosen[learner.name]
                 seconds = _merge(learner, sequence, values) if learner.merges else _task(learner, sequence, values)

@@ -55,7 +55,7 @@ SETTINGS = Settings(
     evaluated=100,
     fisher_examples=64,
 )
-QUICK = replace(SETTINGS.quick(3), evaluated=16, curve_points=1, curve_examples=8, fisher_examples=4)
+QUICK = replace(SETTINGS.quick(3), seeds=1, evaluated=16, curve_points=1, curve_examples=8, fisher_examples=4)
 QUICK_DOMAINS = 2
 
 Tokens: TypeAlias = Callable[[list[str]], torch.Tensor]
