@@ -11,7 +11,7 @@ from .sequences import load
 from .strategies import strategy_of
 from .training import batch_of, copied, draws, merge_models, one_thread, train
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def measure(name: str, quick: bool, chosen: Mapping[str, Values]) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .claims import CHECK, CLAIMS, MARGIN
 from .pictures import CAPTIONS, draw, overview
 from .protocol import Result
-from .tables import claim_table, claims_table, flax_table, learners_table, sequences_table
+from .tables import claim_table, claims_table, flax_table, learners_table, overview_table, sequences_table
 
 TITLE = "Does it keep what it learned?"
 QUICK = (
@@ -120,7 +120,11 @@ def _head(results: Sequence[Result], pictures: dict[str, bytes]) -> str:
     )
     titles = [result["sequence"]["title"] for result in results]
     text += "".join(f"- [{title}](#{_anchor(title)})\n" for title in [*titles, "How it was done"])
-    text += f"\n## The paper's claims\n\n{claims_table(results)}\n{JUDGED}"
+    text += f"\n## Average accuracy\n\n{overview_table(results)}\n"
+    text += (
+        "After the last task, over all tasks: means over seeds with 95 % intervals. The best is bold, apart from the bound.\n\n"
+    )
+    text += f"## The paper's claims\n\n{claims_table(results)}\n{JUDGED}"
     if (figure := overview(results)) is not None:
         text += _picture("overview", figure, OVERVIEW, pictures)
     for claim in (*CLAIMS, CHECK):

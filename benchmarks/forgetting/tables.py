@@ -48,6 +48,21 @@ def learners_table(result: Result) -> str:
     return markdown(["learner", *headings, "extra memory", "time per step", "chosen"], rows, left=(0, -1))
 
 
+def overview_table(results: Sequence[Result]) -> str:
+    """Make the table of average accuracies: a row per learner, a column per sequence; the best of a column in bold."""
+    best = [_best(result, AVERAGE) for result in results]
+    titles = {name: x["title"] for result in results for name, x in result["learners"].items() if x["group"] != "flax"}
+    rows = []
+    for name, title in titles.items():
+        cells = []
+        for result, highest in zip(results, best, strict=True):
+            interval = summary(result, name, AVERAGE) if name in result["learners"] else None
+            text = ABSENT if interval is None else _interval(interval)
+            cells.append(f"**{text}**" if interval is not None and interval.mean == highest else text)
+        rows.append([title, *cells])
+    return markdown(["average accuracy (%)", *(result["sequence"]["title"] for result in results)], rows)
+
+
 def flax_table(result: Result) -> str:
     """Make the table of the learners that ran in Flax as well; empty if there are none."""
     rows = []

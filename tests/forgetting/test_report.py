@@ -288,6 +288,20 @@ def test_what_was_not_measured_is_no_number() -> None:
     assert one_seed[3].startswith("| SFA, p = 0.25 | **50.0** |")
 
 
+def test_overview_has_a_column_for_each_sequence() -> None:
+    one = by_hand(sequential=[0.25, 0.25], sfa=[0.5, 0.5], joint=[0.75, 0.75])
+    two = by_hand(sequential=[0.5, 0.5], l2=[0.25, 0.25])
+    two["sequence"]["title"] = "Another"
+    assert tables.overview_table([one, two]).splitlines() == [
+        f"| average accuracy (%) | {one['sequence']['title']} | Another |",
+        "| --- | ---: | ---: |",
+        "| sequential fine-tuning | 25.0 ± 0.0 | **50.0 ± 0.0** |",
+        "| SFA, p = 0.25 | **50.0 ± 0.0** | - |",
+        "| all tasks at once | 75.0 ± 0.0 | - |",
+        "| L2 | - | 25.0 ± 0.0 |",
+    ]
+
+
 def test_table_of_claims_names_who_it_is_due_to() -> None:
     one, two = by_hand(sfa=SFA, l2=BEHIND, ewc=BEHIND, lwf=BEHIND), by_hand(sfa=SFA, l2=AHEAD, ewc=AHEAD)
     one["sequence"]["title"], two["sequence"]["title"] = "One", "Two"
