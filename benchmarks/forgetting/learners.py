@@ -14,7 +14,7 @@ BETAS = (0.5, 0.25, 0.75, 0.1)
 SCALES = (0.5, 1.0, 0.3, 0.7)
 ELECTED_SCALES = (1.0, 0.5, 1.5, 0.3, 2.0)
 DENSITIES = (0.2, 0.5, 0.8)
-STRENGTHS = (0.1, 0.01, 1.0, 0.03, 0.3)
+STRENGTHS = (0.01, 0.001, 0.1, 0.3, 1.0)
 FISHER_STRENGTHS = (1e3, 1e2, 1e4, 1e5)
 
 
