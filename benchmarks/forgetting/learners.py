@@ -54,8 +54,9 @@ class Learner:
 
 
 def _rehearsal(percent: int, only: tuple[str, ...] | None = None) -> Learner:
-    title, space = f"rehearsal, {percent} % kept", {"share": (0.5, 0.25, 0.75)}
-    return Learner(f"rehearsal-{percent}", title, "rehearsal", "rehearsal", {"kept": percent / 100}, space, only=only)
+    title, shares = f"rehearsal, {percent} % kept", (0.5, 0.25, 0.75)
+    fixed = {"kept": percent / 100}
+    return Learner(f"rehearsal-{percent}", title, "rehearsal", "rehearsal", fixed, {"share": shares}, only=only)
 
 
 def _twin(name: str, title: str) -> Learner:
