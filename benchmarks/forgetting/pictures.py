@@ -228,9 +228,12 @@ def _grid(result: Result) -> Figure | None:
     panel.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
     panel.set_xlabel("p")
     panel.set_ylabel("beta")
-    title = f"SFA, learning rate {result['grid_lr']:g}: average accuracy (%)"
+    seeds = max(map(len, values.values()))
+    of_seeds = "of one seed" if seeds == 1 else f"of {seeds} seeds"
+    title = f"SFA, learning rate {result['grid_lr']:g}: average accuracy (%) {of_seeds}"
     if "sequential" in result["learners"]:
-        title += f"\nsequential fine-tuning: {summary(result, 'sequential', AVERAGE).mean:.1f}"
+        plain = mean_interval(map(AVERAGE.of, result["learners"]["sequential"]["finals"][:seeds])).mean
+        title += f"\nsequential fine-tuning, likewise: {plain:.1f}"
     panel.set_title(title, loc="left")
     return figure
 

@@ -377,7 +377,7 @@ def test_merges_and_tasks_are_in_the_picture_of_curves(results: list[Result], fi
 
 
 def test_heat_map_has_means_of_seeds_and_sequential_beside() -> None:
-    result = by_hand(sequential=[0.25, 0.25], sfa=[0.5, 0.5])
+    result = by_hand(sequential=[0.25, 0.25, 0.25, 0.75], sfa=[0.5, 0.5])  # the fourth seed is not in the map
     result["grid"] = [
         {"beta": beta, "p": p, "seed": seed, "accuracy": [[0.9, 0.9], [accuracy, accuracy]]}
         for beta, p, seed, accuracy in [
@@ -388,8 +388,8 @@ def test_heat_map_has_means_of_seeds_and_sequential_beside() -> None:
     ]
     panel = pictures.draw(result)["beta-p"].axes[0]
     assert {text.get_position(): text.get_text() for text in panel.texts} == {(1, 1): "50.0\n± 0.0", (0, 0): "50.0"}
-    assert "learning rate 0.001" in panel.get_title("left")
-    assert panel.get_title("left").endswith("sequential fine-tuning: 25.0")
+    assert "learning rate 0.001: average accuracy (%) of 3 seeds" in panel.get_title("left")
+    assert panel.get_title("left").endswith("sequential fine-tuning, likewise: 25.0")
 
 
 def test_pictures_that_nothing_is_known_of_are_not_drawn(results: list[Result], figures: dict[str, Any]) -> None:
