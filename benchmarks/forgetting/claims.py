@@ -113,8 +113,13 @@ def judge_all(claim: Claim, results: Iterable[Result]) -> list[Finding]:
 
 
 def overall(findings: Sequence[Finding]) -> str:
-    """Sum up the sequences: what all of them say, or ``mixed``; ``not measured`` if there is none."""
+    """Sum up the sequences: what those say that decide, ``mixed`` if they say both; ``not measured`` if there is none."""
     verdicts = {finding.verdict for finding in findings}
     if not verdicts:
         return "not measured"
-    return verdicts.pop() if len(verdicts) == 1 else "mixed"
+    decided = verdicts - {"undecided"}
+    if len(decided) == 2:
+        return "mixed"
+    if not decided:
+        return "undecided"
+    return decided.pop() + ("" if len(verdicts) == 1 else " where decided")

@@ -260,8 +260,18 @@ def test_claims_are_not_judged_where_they_say_nothing() -> None:
 
 
 def test_overall() -> None:
-    held, failed = (by_hand(sfa=SFA, sfa_end=rival) for rival in (AHEAD, BEHIND))
-    for results, said in (([held, held], "held"), ([failed], "not held"), ([held, failed], "mixed"), ([], "not measured")):
+    held, failed = by_hand(sfa=[0.6, 0.6], sfa_end=[0.5, 0.5]), by_hand(sfa=[0.4, 0.4], sfa_end=[0.5, 0.5])
+    open_ = by_hand(sfa=[0.4, 0.6], sfa_end=[0.5, 0.5])
+    for results, said in (
+        ([held, held], "held"),
+        ([failed], "not held"),
+        ([held, failed], "mixed"),
+        ([held, open_, failed], "mixed"),
+        ([open_], "undecided"),
+        ([open_, held], "held where decided"),
+        ([failed, open_, open_], "not held where decided"),
+        ([], "not measured"),
+    ):
         assert claims.overall(claims.judge_all(END, results)) == said
 
 
