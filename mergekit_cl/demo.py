@@ -82,7 +82,7 @@ def run_demo(
     start, picture = weights / "start.safetensors", Path(out_dir) / "accuracy.png"
     _save(network(seed), start)
     accuracy = {}
-    with _one_thread():
+    with one_thread():
         for run in RUNS:
             console.print(f"Learning {len(tasks)} tasks in turn, {steps} steps each: {run}", highlight=False)
             accuracy[run] = _learn_in_turn(network(seed), tasks, files[run], steps, seed, with_sfa=run == AVERAGED)
@@ -211,7 +211,7 @@ def _merge_with(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch to one thread: on two busy cores two of them waited for each other, 90 s in place of 18."""
     import torch
 

@@ -300,7 +300,7 @@ class _Run:
         costs = self._costs(plan).read(f"{name}/costs")
         result = result_file(everything, self.quick, _machine(), {} if costs is None else costs.result)
         if result is not None:
-            write_whole(self._results(name), json.dumps(result, indent=1))
+            write_whole(self._results(name), json.dumps(result))
         missing = [learner for learner in everything.learners if result is None or learner not in result["learners"]]
         if missing:
             self.console.print(f"{name}: not in the results, as cells are missing: {', '.join(missing)}", markup=False)

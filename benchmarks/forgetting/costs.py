@@ -5,11 +5,13 @@ from time import perf_counter
 
 import torch
 
+from mergekit_cl.demo import one_thread
+
 from .learners import Learner, learners_for
 from .protocol import Sequence, Values
 from .sequences import load
 from .strategies import strategy_of
-from .training import batch_of, copied, draws, merge_models, one_thread, train
+from .training import batch_of, copied, draws, merge_models, train
 
 ROUNDS = 2
 

@@ -6,7 +6,6 @@ on the same machine.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mergekit_cl import merge
+from mergekit_cl.demo import one_thread
 
 from .learners import needs
 from .protocol import Cell, Part, Result, Task, Values
@@ -341,13 +341,3 @@ def _read(file: Path) -> tuple[dict[str, Weights], float]:
             which, _, name = key.partition("/")
             kept.setdefault(which, {})[name] = stored.get_tensor(key)
         return kept, float(stored.metadata()["seconds"])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

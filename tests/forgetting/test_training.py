@@ -16,6 +16,7 @@ from torch import nn
 from mergekit_cl import MergeError, merge
 from mergekit_cl.adapters.torch import SFA
 from mergekit_cl.adapters.torch.l2_anchor import L2Anchor
+from mergekit_cl.demo import one_thread
 
 STEPS, BATCH, RATE, INPUTS, CLASSES = 8, 16, 0.05, 6, 4
 PARAMETERS = INPUTS * CLASSES + CLASSES
@@ -41,7 +42,7 @@ def tasks(count: int = 2) -> tuple[Task, ...]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    with training.one_thread():
+    with one_thread():
         yield
 
 
