@@ -45,7 +45,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     except BackendError as error:
         if interpreted() or "TRITON_INTERPRET" not in str(error) or item.get_closest_marker("gpu"):
             raise
-        # it runs wherever there is no GPU, as in CI, and what is compiled has the tests that are marked
+        # only where there is a GPU, whose compiled kernels cannot take arrays of the CPU: without one, as in CI, the test runs
         pytest.skip("needs Triton's interpreter, but there is a GPU: set TRITON_INTERPRET=1")
 
 

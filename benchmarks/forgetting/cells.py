@@ -59,7 +59,7 @@ class Cache:
     def write(self, name: str, result: Result, seconds: float) -> Entry:
         """Keep what came out of a cell."""
         entry = Entry(json.loads(json.dumps(result)), seconds, datetime.now(UTC).isoformat(timespec="seconds"))
-        write_whole(self._file(name), json.dumps({"fingerprint": self._fingerprint, "entry": asdict(entry)}))
+        write_whole(self._file(name), json.dumps({"fingerprint": self._fingerprint, "entry": asdict(entry)}).encode())
         return entry
 
     def drop(self, name: str) -> None:
@@ -96,9 +96,9 @@ def named(name: str) -> Cell:
         raise MergeError(f"{name!r} is no cell: a name has the parts sequence/learner/values/seed, as in {example}") from error
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Write a file, with its folders, so that it is there completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
+    part.write_bytes(content)
     os.replace(part, file)

@@ -288,7 +288,7 @@ class _Run:
     def _fail(self, name: str, outcome: Outcome) -> None:
         """Say what went wrong; the traceback is in a file."""
         self.failed.append(name)
-        write_whole(self._traceback(name), outcome.trace)
+        write_whole(self._traceback(name), outcome.trace.encode())
         self.console.print(f"failed: {name}: {outcome.error}\n        traceback: {self._traceback(name)}", markup=False)
 
     def _traceback(self, name: str) -> Path:
@@ -300,7 +300,7 @@ class _Run:
         costs = self._costs(plan).read(f"{name}/costs")
         result = result_file(everything, self.quick, _machine(), {} if costs is None else costs.result)
         if result is not None:
-            write_whole(self._results(name), json.dumps(result))
+            write_whole(self._results(name), json.dumps(result).encode())
         missing = [learner for learner in everything.learners if result is None or learner not in result["learners"]]
         if missing:
             self.console.print(f"{name}: not in the results, as cells are missing: {', '.join(missing)}", markup=False)

@@ -1,6 +1,5 @@
 """The report: all tables and pictures, as Markdown and as a page that is one file."""
 
-import os
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
+from .cells import write_whole
 from .claims import CHECK, CLAIMS, MARGIN
 from .pictures import CAPTIONS, draw, overview
 from .protocol import Result
@@ -103,11 +103,10 @@ def write(results: Sequence[Result], folder: Path) -> Report:
     pictures: dict[str, bytes] = {}
     sections = [_head(results, pictures), *(_sequence(result, pictures) for result in results), _method(results)]
     text = "".join(sections)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
-        _write(folder / name, data)
-    _write(folder / "report.md", text.encode())
-    _write(folder / "report.html", _page(text, pictures).encode())
+        write_whole(folder / name, data)
+    write_whole(folder / "report.md", text.encode())
+    write_whole(folder / "report.html", _page(text, pictures).encode())
     return Report(folder / "report.md", folder / "report.html", tuple(folder / name for name in pictures))
 
 
@@ -192,12 +191,6 @@ def _images(tokens: Iterable[Any]) -> list[Any]:
 def _anchor(title: str) -> str:
     """Return the anchor that a forge gives a heading."""
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-
-
-def _write(file: Path, data: bytes) -> None:
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(data)
-    os.replace(part, file)
 
 
 STYLE = """

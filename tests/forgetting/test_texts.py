@@ -32,20 +32,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "quick"])
 def from_reviews(request: pytest.FixtureRequest) -> Any:
-    return made(reviews.reviews, request.param)
+    return reviews.reviews(request.param)
 
 
 @pytest.fixture(scope="module")
 def from_characters() -> Any:
-    return made(characters.characters, False)
-
-
-def made(make: Any, quick: bool) -> Any:
-    """Make a sequence from its data, or skip the test where they are not at hand."""
-    try:
-        return make(quick)
-    except MergeError as error:
-        pytest.skip(str(error))
+    return characters.characters(False)
 
 
 def parts(task: Task) -> list[Part]:
